@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pixel_jax.tools.host import HostTools
 
 FLAGS = flags.FLAGS
-BUDGET = 8  # tokens between two looks at what was written
+BUDGET = 8  # tokens that are written before the screen is updated
 TOKENS = 512  # widths of prompts are multiples of it, because each width is compiled
 SIDE = 64  # pixels: sides of image buffers are multiples of it
 FILE = re.compile(r"""(?<!\S)@(?!@)(?:"([^"]+)"|'([^']+)'|(\S+))\s*""")
@@ -90,7 +90,7 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def converse(chat: "Chat", parts: list["Part"]) -> None:
-    """Answers line by line; `parts` are shown with the first question. What is wrong with a line is said, and the next read."""
+    """Answers questions line by line, the first about `parts`. An error in a line is printed, and the next line is read."""
     typed = sys.stdin.isatty()
     if typed:
         say(HELP)
@@ -118,7 +118,7 @@ def converse(chat: "Chat", parts: list["Part"]) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines that are typed, or come from a file or a pipe. UserError: one is not UTF-8."""
+    """Iterates over the lines of standard input: a terminal, a file or a pipe. UserError: one is not UTF-8."""
     if sys.stdin.isatty():
         import readline  # noqa: F401, `input` edits lines with it
 
@@ -132,7 +132,7 @@ def typed_lines() -> Iterator[str]:
 
 
 def as_utf8(written: str | bytes, name: str) -> str:
-    """Text from outside, whatever the locale has taken its bytes for. UserError: they are not UTF-8."""
+    """Decodes text from outside as UTF-8, whatever the encoding of the locale. UserError: it is not UTF-8."""
     try:
         return (os.fsencode(written) if isinstance(written, str) else written).decode("utf-8")
     except UnicodeError as error:
@@ -140,20 +140,20 @@ def as_utf8(written: str | bytes, name: str) -> str:
 
 
 def split_line(line: str) -> tuple[list[str], str]:
-    """The files that a line names with @, and the rest of it."""
+    """Splits a line into the files that it names with @, and its text."""
     names = [next(filter(None, found.groups())) for found in FILE.finditer(line)]
     return names, re.sub(r"(?<!\S)@@", "@", FILE.sub("", line)).strip()
 
 
 def local_path(name: str) -> pathlib.Path:
-    """The file that a person names, in whose own folder `~` may stand for it. UserError: it is an address."""
+    """Returns the path that a person has written, with `~` for the home folder. UserError: it is an address."""
     if "://" in name:
         raise UserError(f"{name!r} is an address, and nothing is fetched: save the picture and give the file's name")
     return pathlib.Path(name).expanduser()
 
 
 def load_parts(paths: Sequence[pathlib.Path], video: bool) -> list["Part"]:
-    """The images and videos in files; with `video`, all files together are the frames of one.
+    """Loads the images and videos in files; with `video`, all files together are the frames of one.
 
     Raises:
       ImageError: a file is neither.
@@ -178,13 +178,13 @@ def load_parts(paths: Sequence[pathlib.Path], video: bool) -> list["Part"]:
 
 
 class Chat:
-    """A conversation that goes on.
+    """A conversation with a model, one question after another.
 
     Args:
       speaker: the model.
       host: carries out calls of tools that run on the host; None: there are none.
-      seed: of the sampling.
-      screen: where it is shown.
+      seed: the seed of the sampling.
+      screen: the terminal in which it is shown.
     """
 
     def __init__(self, speaker: "Speaker", *, host: "HostTools | None", seed: int, screen: "Screen"):
@@ -194,7 +194,7 @@ class Chat:
         self._session: Session | None = None
 
     def ask(self, question: str, parts: Sequence["Part"] = ()) -> str:
-        """The answer to a question about `parts` and what was shown before; it is shown as it is written.
+        """Answers a question about `parts` and what was shown before; the answer is shown while it is written.
 
         Raises:
           PromptError: the question has no text, or the conversation cannot be shown; it is as it was before.
@@ -209,18 +209,18 @@ class Chat:
         from pixel_jax.training.answers import last_boxed
 
         speaker, screen = self.speaker, self.screen
-        asked = [*self.messages, Message("user", (*parts, question))]
-        prompt = prompt_of(asked, speaker)
+        messages = [*self.messages, Message("user", (*parts, question))]
+        prompt = prompt_of(messages, speaker)
         query = prompt.query
         session = self._session_for(prompt)
         placed = prompt.placed(speaker, session.shape, len(self.transcripts))
-        place = session.admit(placed, speaker.config.temperature)
+        slot = session.admit(placed, speaker.config.temperature)
         screen.question(question, query, len(parts))
         reader, turns = Reader(speaker.vocabulary), [""]
         try:
             while reader.ended is None:
                 session.advance(BUDGET)
-                for event in reader.read(session.read()[place]):
+                for event in reader.read(session.read()[slot]):
                     if isinstance(event, Wrote):
                         turns[-1] += event.text
                         screen.wrote(event.text)
@@ -230,24 +230,24 @@ class Chat:
                 if SIGNALS.told:
                     raise UserError("the answer was stopped; the conversation is as it was before the question")
         except BaseException:
-            self._session = None  # whatever state it is in
+            self._session = None  # its state is not known
             screen.end()
             raise
-        row = session.row(place)
-        session.drop(place)
-        # What tools on the host have drawn lies beside the images that were placed.
-        seen = materialize_on_host(row, placed.images, speaker.tables.tools, speaker.config)
+        row = session.row(slot)
+        session.drop(slot)
+        # Pictures that tools on the host have drawn are kept beside the images of the prompt.
+        materialized = materialize_on_host(row, placed.images, speaker.tables.tools, speaker.config)
         answer = "".join(turns)
         boxed = last_boxed(answer)
         screen.answer(boxed, reader.reason)
-        if said := format_warning([SPECIAL_TOKENS["im_end"].join(turns)], speaker.tables.parser.language):
-            warn(said)
-        self.transcripts.append(make_transcript(seen, 0, query, speaker.vocabulary, answer=boxed))
-        self.messages = [*asked, Message("assistant", (answer,))]
+        if warning := format_warning([SPECIAL_TOKENS["im_end"].join(turns)], speaker.tables.parser.language):
+            warn(warning)
+        self.transcripts.append(make_transcript(materialized, 0, query, speaker.vocabulary, answer=boxed))
+        self.messages = [*messages, Message("assistant", (answer,))]
         return answer
 
     def _session_for(self, prompt: "Prompt") -> "Session":
-        """A session with room for the prompt: the one there is, or a larger one."""
+        """Returns a session that the prompt fits: the present one, or a new, larger one."""
         from pixel_jax.rollouts.prompts import PromptError
         from pixel_jax.rollouts.shapes import prompt_shape
         from pixel_jax.serving.session import Session
@@ -266,7 +266,7 @@ class Chat:
             tokens = max(tokens, old.tokens)
         shape = prompt_shape(images, height, width, tokens, config, video=query.is_video)
         if self._session is None or shape != old:
-            self._session = None  # its memory first
+            self._session = None  # frees its memory before the new one takes some
             self._session = Session(self.speaker, shape, slots=1, host=self.host, seed=self.seed)
         return self._session
 
@@ -281,7 +281,7 @@ class Screen:
         self._writing = False
 
     def question(self, question: str, query: "Query", shown: int) -> None:
-        """What is asked, and the `shown` last images or frames that it is about, all of those of a video."""
+        """Shows a question, and the last `shown` images that it is about, or all frames of a video."""
         self._line("question", question, "bold")
         first = 0 if query.is_video else len(query.images) - shown
         for i, image in list(enumerate(query.images))[first if shown else len(query.images) :]:
@@ -289,7 +289,7 @@ class Screen:
             self._line("sees", f"{name} {i + 1}, {image.shape[1]}x{image.shape[0]}", "dim")
 
     def wrote(self, text: str) -> None:
-        """A piece of what the model writes."""
+        """Shows a piece of what the model writes."""
         from rich.text import Text
 
         if not self._writing:
@@ -298,7 +298,7 @@ class Screen:
         self.console.print(Text(printable(text)), end="")
 
     def saw(self, event: "Saw", query: "Query") -> None:
-        """What a call looked at, and what came back."""
+        """Shows what a call looked at, and what came back."""
         self.end()
         for image, x1, y1, x2, y2 in event.regions:
             height, width = query.images[image].shape[:2]
@@ -308,7 +308,7 @@ class Screen:
         self._line("tool", event.text, "red" if event.failed else "bold blue")
 
     def answer(self, answer: str | None, reason: str) -> None:
-        """What was answered in the end; None: nothing, for this reason."""
+        """Shows the final answer; None: there is none, for this `reason`."""
         self.end()
         self._line("answer", answer if answer is not None else f"none ({reason})", "bold")
 

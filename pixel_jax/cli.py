@@ -117,8 +117,8 @@ def key_errors(name: str):
     except (AttributeError, KeyError) as error:
         key, _, hint = str(error.args[0]).replace('"', "").replace("'", "").partition("\n")
         matching = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
-        said = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in matching[:1])
-        say(f"{name}: {said}. {hint or 'A whole section is set as --config.SECTION={...}.'}", sys.stderr)
+        problem = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in matching[:1])
+        say(f"{name}: {problem}. {hint or 'A whole section is set as --config.SECTION={...}.'}", sys.stderr)
         sys.exit(1)
 
 
@@ -156,9 +156,8 @@ def run_program(program: str, commands: Commands) -> None:
         sys.exit(2)
     name = f"{program} {command}"
     SIGNALS.listen(name)
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # else it says that torch is missing, which we never need
+    # Else transformers warns that torch is missing, which is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     module = importlib.import_module(commands[command][0])
     with key_errors(name):
         module.define_flags(command)

@@ -1,4 +1,4 @@
-"""Strict loading of `ml_collections` configurations into frozen dataclasses: nothing is ignored and nothing is guessed."""
+"""Loads `ml_collections` configurations into frozen dataclasses, strictly: nothing is ignored and nothing is guessed."""
 
 import dataclasses
 import difflib
@@ -48,10 +48,10 @@ def find_config(name: str) -> pathlib.Path:
 
 
 class ConfigFileParser(config_flags.ConfigFileFlagParser):
-    """Parser of the flag's value: FILE, NAME, or either with `:WORD` after it, which `get_config` is called with."""
+    """A parser of the flag's value: FILE, NAME, or either with `:WORD` after it, the argument of `get_config`."""
 
     def parse(self, path: str):
-        """The config of the flag's value, with a name in place of its file where it is one."""
+        """Reads the config that the flag's value names, by file or by name."""
         name, *word = path.split(":", 1)
         return super().parse(":".join([str(find_config(name)), *word]))
 
@@ -79,7 +79,7 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
 
     Args:
         cls: the dataclass.
-        values: of its fields, by name.
+        values: the values of its fields, by name.
         where: the dotted path of `values`, for messages.
         default: the instance from which keys that are left out are taken; None: the class's defaults.
 
@@ -97,17 +97,17 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
     else:
         inherited = {name: _default(field) for name, field in fields.items()}
     required = [name for name, value in inherited.items() if value is dataclasses.MISSING]
-    found = {}
+    converted = {}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f"unknown key {where}.{key}; {_nearest(str(key), list(fields), where)}")
         if value is not None or key not in required or types.NoneType in typing.get_args(hints[key]):
-            found[key] = convert(hints[key], value, f"{where}.{key}", inherited[key])
-    missing = [name for name in required if name not in found]
+            converted[key] = convert(hints[key], value, f"{where}.{key}", inherited[key])
+    missing = [name for name in required if name not in converted]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
     try:
-        return cls(**(inherited | found))
+        return cls(**(inherited | converted))
     except ConfigError:
         raise
     except ValueError as error:
@@ -118,7 +118,7 @@ def positive(config: Any, *names: str) -> None:
     """Checks that these settings of a dataclass are positive or None.
 
     Raises:
-        ValueError: one is zero or less.
+        ValueError: a setting is zero or less.
     """
     for name in names:
         value = getattr(config, name)
@@ -136,13 +136,13 @@ def _nearest(key: str, known: list[str], where: str) -> str:
 
 
 def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value`, checked against the type of a field.
+    """Checks `value` against the type of a field and returns it, converted.
 
     Args:
         hint: the field's type.
         value: as a config has it.
         where: the field's dotted path, for messages.
-        default: of a section, the instance from which keys that are left out are taken.
+        default: for a section, the instance from which keys that are left out are taken.
 
     Raises:
         ConfigError: the value has another type.
@@ -154,7 +154,7 @@ def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
                 return convert(option, value, where, default)
             except ConfigError:
                 if dataclasses.is_dataclass(option) and hasattr(value, "items"):
-                    raise  # which says what is wrong inside
+                    raise  # the error names the setting inside the section
     elif origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value

@@ -31,7 +31,7 @@ from PIL import Image
 from pixel_jax.config import positive
 from pixel_jax.files import write_file
 
-# At lower levels they write the headers of responses, and an endpoint may repeat the key there.
+# At lower levels these libraries log the headers of responses, in which an endpoint may repeat the key.
 for _name in ("httpx2", "httpcore2"):
     python_logging.getLogger(_name).setLevel(python_logging.WARNING)
 
@@ -160,17 +160,17 @@ class Endpoint:
         self._thread.start()
 
     def complete(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> str:
-        """The text that the model answers.
+        """Asks the model and returns the text of its answer.
 
         The same request is answered the same way from the cache. For another answer change the request, by its `seed`.
 
         Args:
-            messages: of the conversation, as the endpoint takes them.
+            messages: the messages of the conversation, as the endpoint takes them.
             **sampling: further fields of the request (`temperature`, ...).
 
         Raises:
             EndpointError: the endpoint cannot be used.
-            NoAnswerError: it gives this request no usable text.
+            NoAnswerError: the answer to this request has no usable text.
         """
         if unwanted := sampling.keys() & {"model", "messages", "stream", "n"}:
             raise ValueError(f"{sorted(unwanted)[0]!r} is no sampling field of a single, whole answer")
@@ -211,9 +211,9 @@ class Endpoint:
 
     def _ask(self, body: Mapping[str, Any]) -> str:
         problem = ""
-        for tried in range(self.retries + 1):
+        for attempt in range(self.retries + 1):
             self._await_turn()
-            wait = min(FIRST_WAIT * 2**tried, LONGEST_WAIT) * random.uniform(0.5, 1.0)
+            wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             try:
                 status, headers, content = self._wait_for(self._post(body))
             except TimeoutError:
@@ -221,34 +221,36 @@ class Endpoint:
             except httpx2.HTTPError as error:
                 problem = self._said(f"{type(error).__name__}: {error}")
             else:
-                said = self._said(content.decode("utf-8", "replace"))
-                packed = headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
+                excerpt = self._said(content.decode("utf-8", "replace"))
+                compressed = headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
                 if status in SETUP:
                     where = f" to {self._said(headers['location'])}" if "location" in headers else ""
-                    raise EndpointError(f"{self.url} answers {status}{where}: {said}")
-                if 200 <= status < 300 and packed:
+                    raise EndpointError(f"{self.url} answers {status}{where}: {excerpt}")
+                if 200 <= status < 300 and compressed:
                     problem = "its answer is compressed, although the request forbids that"
                 elif 200 <= status < 300:
                     try:
                         return self._text_of(json.loads(content))
                     except (ValueError, RecursionError):
-                        problem = f"its answer is no chat completion: {said!r}"
+                        problem = f"its answer is no chat completion: {excerpt!r}"
                 elif status in AGAIN:
-                    problem = f"it answers {status}: {said}"
-                    if (asked := _retry_after(headers)) is not None:
-                        if asked > LONGEST_RETRY_AFTER:
-                            raise EndpointError(f"{self.url} answers {status} and asks to come back in {asked:.0f} s")
-                        wait = max(wait, asked)
+                    problem = f"it answers {status}: {excerpt}"
+                    if (retry_after := _retry_after(headers)) is not None:
+                        if retry_after > LONGEST_RETRY_AFTER:
+                            raise EndpointError(
+                                f"{self.url} answers {status} and asks to come back in {retry_after:.0f} s"
+                            )
+                        wait = max(wait, retry_after)
                         self._hold_back(wait)
                 else:
-                    raise NoAnswerError(f"{self.url} refuses a request with {status}: {said}")
-            if tried < self.retries:
-                logging.info("%s, try %d of %d: %s", self.url, tried + 1, self.retries + 1, problem)
+                    raise NoAnswerError(f"{self.url} refuses a request with {status}: {excerpt}")
+            if attempt < self.retries:
+                logging.info("%s, try %d of %d: %s", self.url, attempt + 1, self.retries + 1, problem)
                 time.sleep(wait)
         raise EndpointError(f"{self.url} gave no answer in {self.retries + 1} tries; in the last one: {problem}")
 
     async def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and content, as it came, of one try; TimeoutError after `timeout` seconds."""
+        """Sends one try; returns status, headers and undecoded content. TimeoutError after `timeout` seconds."""
         content, address = bytearray(), f"{self.url}/chat/completions"
         sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         async with asyncio.timeout(self.timeout):
@@ -270,16 +272,16 @@ class Endpoint:
 
     def _await_turn(self) -> None:
         with self._lock:
-            mine = max(self._next, time.monotonic())
-            self._next = mine + self._pause
-        time.sleep(max(mine - time.monotonic(), 0.0))
+            start = max(self._next, time.monotonic())
+            self._next = start + self._pause
+        time.sleep(max(start - time.monotonic(), 0.0))
 
     def _hold_back(self, seconds: float) -> None:
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def _hide(self, text: str) -> str:
-        """`text` without the key, also as URLs and JSON write it: endpoints often repeat a key that they refuse."""
+        """Removes the key from `text`, also as URLs and JSON write it: endpoints often repeat a key that they refuse."""
         escaped = json.dumps(self._secret)[1:-1]
         for written in (self._secret, urllib.parse.quote(self._secret, safe=""), escaped, escaped.replace("/", "\\/")):
             text = text.replace(written, "***") if written else text

@@ -36,7 +36,7 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def split_step(name: str) -> tuple[pathlib.Path, int | None]:
-    """A run's directory and the step after its last @; None where there is none."""
+    """Splits RUN@STEP into the run's directory and the step; None where there is no step."""
     run, at, step = name.rpartition("@")
     if at and step.isdecimal():
         return pathlib.Path(run), int(step)
@@ -47,7 +47,7 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
     """The directory with a run's checkpoints.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: the run has no such directory, or more than one.
     """
     phases = [path for path in (run, *(run / phase for phase in PHASES)) if (path / "checkpoints").is_dir()]
     if len(phases) != 1:
@@ -87,7 +87,7 @@ def model_directory(name: str) -> pathlib.Path:
 
     run, step = split_step(name)
     if step is None and (is_model(run) or not any((run / x / "checkpoints").is_dir() for x in ("", *PHASES))):
-        return pathlib.Path(name)  # where it is neither a run, its reader says so
+        return pathlib.Path(name)  # if it is no model either, the reader of models says so
     models = candidates(run)
     step = max(models, default=None) if step is None else step
     if step not in models:
@@ -102,13 +102,13 @@ def model_directory(name: str) -> pathlib.Path:
 
 
 def write_model(model, processor, out, dtype: str, *, adapter_of: str | None, limits) -> None:
-    """A model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
+    """Writes a model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
 
     Args:
-        model: to write.
-        processor: whose files are written beside it.
+        model: the model.
+        processor: its processor, whose files are written beside it.
         out: the directory.
-        dtype: of the weights that are written.
+        dtype: the dtype of the weights that are written.
         adapter_of: the model that its adapter belongs to. The adapter is merged, and also written beside the merged model, in
             `out`/adapter, in PEFT's format. None: there is none.
         limits: the `RolloutConfig` to write beside it.
@@ -139,15 +139,15 @@ def export(
     Args:
         phase: directory of the run's phase.
         out: the model directory to write.
-        step: of the checkpoint; None: the newest.
+        step: the step of the checkpoint; None: the newest.
         model: directory of the model that the run began with; None: as the run recorded it.
-        dtype: of the weights; None: the dtype in which the run saves its model.
+        dtype: the dtype of the weights; None: the dtype in which the run saves its model.
 
     Returns:
         The step, and the steps of all checkpoints of the run.
 
     Raises:
-        UserError: there is no such checkpoint, or the model that the run began with is not there.
+        UserError: the run has no such checkpoint, or the model that it began with is missing.
     """
     import re
     from typing import cast

@@ -1,4 +1,4 @@
-"""Files, read with limits and errors that name them, and written whole or not at all."""
+"""Reads files with limits and with errors that name them, and writes them whole or not at all."""
 
 import codecs
 import json
@@ -26,7 +26,7 @@ def open_regular(path: str | os.PathLike, error: Callable[[str], Exception] = Fi
     """Opens a regular file for reading. A folder, a device or a named pipe, on which reading may wait for ever, is refused.
 
     Raises:
-        error: it cannot be opened, or is no regular file. The message names it.
+        error: the path cannot be opened, or is no regular file. The message names it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -41,10 +41,10 @@ def open_regular(path: str | os.PathLike, error: Callable[[str], Exception] = Fi
 def read_bytes(
     path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError
 ) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Reads the content of a regular file of at most `limit` bytes.
 
     Raises:
-        error: it cannot be read, or is longer. The message names it.
+        error: the file cannot be read, or is longer. The message names it.
     """
     with open_regular(path, error) as file:
         try:
@@ -57,10 +57,10 @@ def read_bytes(
 
 
 def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError) -> Any:
-    """The value of a JSON file, read as `parse_json` reads.
+    """Reads the value of a JSON file, as `parse_json` does.
 
     Raises:
-        error: it cannot be read, is too long, or is not JSON. The message names it.
+        error: the file cannot be read, is too long, or is not JSON. The message names it.
     """
     return parse_json(read_bytes(path, limit=limit, error=error), os.fspath(path), error)
 
@@ -68,7 +68,7 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callabl
 def parse_json(
     text: str | bytes, where: str, error: Callable[[str], Exception] = FileError, *, largest: int = MAX_INTEGER
 ) -> Any:
-    """The value of a JSON document (RFC 8259); whatever two parsers may read differently is refused.
+    """Parses a JSON document (RFC 8259); whatever two parsers may read differently is refused.
 
     Args:
         text: the document; bytes are UTF-8, with or without a byte order mark.
@@ -77,7 +77,7 @@ def parse_json(
         largest: the largest absolute value of an integer.
 
     Raises:
-        error: it is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer beyond
+        error: the text is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer beyond
             `largest`; a text holds half a surrogate pair; or it is nested deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
@@ -106,7 +106,7 @@ def parse_json(
 def read_lines(
     path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError
 ) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file of JSON lines that are not blank, as pairs of `FILE:LINE` and the line, for `parse_json`.
+    """Iterates over the lines of a file that are not blank, as pairs of `FILE:LINE` and the line, for `parse_json`.
 
     Only a line feed ends a line: U+2028 and U+0085 may stand in a JSON text as they are.
 
@@ -170,7 +170,7 @@ def _encodes(text: str) -> bool:
 
 
 def _flaw(value: Any, *, texts: bool) -> str:
-    """What is wrong with a parsed document, "" for nothing: its depth, or with `texts` a text that is not Unicode."""
+    """Says what is wrong with a parsed document ("": nothing): its depth, or with `texts` a text that is not Unicode."""
     level, depth = [value], 0
     while level:
         if texts and not all(_encodes(x) for x in level if isinstance(x, str)):

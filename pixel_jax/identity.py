@@ -68,7 +68,7 @@ def kind_of(name: str) -> ChangeKind:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, with values as JSON reads them back."""
+    """Flattens nested settings to dotted names, with values as JSON reads them back."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -97,9 +97,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The changes in words, at most `MOST_SAID` of them."""
-    said = [f"{name} = {old!r}, now it is {new!r}" for name, (old, new) in changed.items()]
-    return ", ".join(said[:MOST_SAID]) + (f", and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else "")
+    """Writes the changes in words, at most `MOST_SAID` of them."""
+    parts = [f"{name} = {old!r}, now it is {new!r}" for name, (old, new) in changed.items()]
+    return ", ".join(parts[:MOST_SAID]) + (f", and {len(parts) - MOST_SAID} more" if len(parts) > MOST_SAID else "")
 
 
 def settle(
@@ -113,7 +113,7 @@ def settle(
     """Records the settings of a new run, or checks those of a run that goes on, and adds a line to its history.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
         settings: nested or not, with digests of content.
         done: the number of steps that are saved. None: none are, so the run begins anew and may have other settings.
         of: the number of steps of the run; None: it is not known.
@@ -171,7 +171,7 @@ def read_settings(directory: str | os.PathLike) -> dict[str, Any]:
     """The settings with which a run was begun, by dotted names.
 
     Raises:
-        RunError: there is no record of them, or it is damaged.
+        RunError: the directory has no record of them, or a damaged one.
     """
     settings = read_note(pathlib.Path(directory) / RUN)
     if settings is None:

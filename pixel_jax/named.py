@@ -1,4 +1,4 @@
-"""Code of the user's own, named as `module:name`: a reward, a tool, a call format.
+"""Finds code of the user's own, named as `module:name`: a reward, a tool, a call format.
 
 Such a name runs code. It is imported only where a command line, a config file or a caller names it: readers of model
 directories, checkpoints, run directories and data never call `find`, and refuse such names with `is_name`. The current
@@ -20,7 +20,7 @@ _LOCK = threading.Lock()  # around the search path
 
 
 class NamedError(ValueError):
-    """A name for which nothing is found; the message has it, and where it was looked for."""
+    """Raised for a name for which nothing is found; the message has the name, and where it was looked for."""
 
 
 def is_name(text: str) -> bool:
@@ -32,7 +32,7 @@ def find(name: str) -> Any:
     """Imports the module of `module:name` and returns the object.
 
     Raises:
-        NamedError: it is not written so, there is no such module, the module fails, or it has no such name.
+        NamedError: the name has another form, there is no such module, the module fails, or it has no such object.
     """
     if not is_name(name):
         raise NamedError(f"{name!r} is not written as module:name, such as my_rewards:iou")

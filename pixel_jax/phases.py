@@ -67,7 +67,7 @@ class PhaseData(NamedTuple):
 
     examples: Sequence[Example]  # to train on
     held_out: Sequence[Example]  # to evaluate the run on
-    about_held_out: str  # which those are, in words
+    about_held_out: str  # a sentence about `held_out`
     report: ReadReport
     identity: Identity  # of the run
 
@@ -87,7 +87,7 @@ class Phase:
     processor: Any
     mesh: Mesh | None
     tables: Tables  # of the tokenizer and the tools
-    rollouts: HostRollouts | None  # where tools run on the host
+    rollouts: HostRollouts | None  # None: no tool runs on the host
 
     @property
     def limits(self) -> RolloutConfig:
@@ -117,9 +117,9 @@ class Phase:
     @functools.cached_property
     def questions(self) -> list[ShapedQuestion]:
         """The questions of reinforcement learning."""
-        by = self.config.prompt_shapes or self.auto_shapes(self.config.learning.prompts)
+        shapes = self.config.prompt_shapes or self.auto_shapes(self.config.learning.prompts)
         data = self.data
-        return assign_shapes(data.examples, by, self.vocabulary, self.limits, data.report, self.tables.tools)
+        return assign_shapes(data.examples, shapes, self.vocabulary, self.limits, data.report, self.tables.tools)
 
     @functools.cached_property
     def question_batches(self) -> Batches:
@@ -154,11 +154,11 @@ class Phase:
         return HeldOutLooks(self.config, self.auto_shapes(self.config.watch.batch), by)
 
     def auto_shapes(self, rows: int) -> AutoShapes:
-        """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+        """Returns the inputs for shapes of questions: the images of `rows` prompts get a share of the memory."""
         return question_shapes(self.network, self.mesh, rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
-        """What is evaluated and saved during a run of `steps`."""
+        """Makes the object that evaluates and saves the model during a run of `steps`."""
         config, out = self.config, pathlib.Path(self.config.out)
         return Watch(
             config.watch,
@@ -260,7 +260,7 @@ def read_data(command: Command, config: TrainConfig, language: Language, resume_
 
 
 def without_corrections(examples: Sequence[Example]) -> list[Example]:
-    """The traces of which every turn is learned: a turn that is not shows a mistake, which a later one corrects."""
+    """Returns the traces of which every turn is learned. A turn that is not learned is a mistake, corrected later."""
     return [x for x in examples if all(learned for turn in x.turns for _, learned in turn.parts)]
 
 
@@ -288,7 +288,7 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
 
 
 def tune(phase: Phase, model: Any) -> Any:
-    """`model` after instruction tuning."""
+    """Tunes `model` on traces and returns it."""
     config, section, data, packing = phase.config, phase.config.tuning, phase.data, phase.packing
     epoch = packing.epoch
     steps = section.updates(epoch)
@@ -303,7 +303,7 @@ def tune(phase: Phase, model: Any) -> Any:
 
 
 def learn(phase: Phase, model: Any) -> Any:
-    """`model` after reinforcement learning."""
+    """Trains `model` by reinforcement learning and returns it."""
     config, section, phase_data, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
     for line in other_limits(config):
         say(line)
@@ -325,7 +325,7 @@ def learn(phase: Phase, model: Any) -> Any:
 
 
 def question_shapes(network: ModelConfig, mesh: Mesh | None, rows: int) -> AutoShapes:
-    """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+    """Returns the inputs for shapes of questions: the images of `rows` prompts get a share of the memory."""
     memory = device_memory() // PICTURES_DIVISOR * (1 if mesh is None else row_shards(mesh))
     return AutoShapes(training_work(network), rows, memory // rows)
 
@@ -345,8 +345,8 @@ def record(phase: Phase, model: Any) -> None:
         examples = [x.example for x in phase.questions]
         shapes = list(dict.fromkeys(x.shape for x in phase.questions))
         size, steps = config.learning.prompts, config.learning.iterations
-        epoch, asked = len(examples) / size, phase.question_batches.order
-        numbers = [int(asked[position]) for position in range(steps * size)]
+        epoch, question_order = len(examples) / size, phase.question_batches.order
+        numbers = [int(question_order[position]) for position in range(steps * size)]
         order = [PackedRow(shapes.index(phase.questions[i].shape), (i,)) for i in numbers]
     with Digests(out / "digests.json") as digests:
         record_run(
@@ -364,7 +364,7 @@ def record(phase: Phase, model: Any) -> None:
 
 
 def tuning_shapes(config: SFTConfig, network: ModelConfig, mesh: Mesh | None) -> AutoShapes:
-    """How the shapes of rows to tune on are worked out."""
+    """Returns the inputs for the shapes of rows to tune on."""
     shards, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 
     def bytes_of_row(shape: BatchShape) -> int:
@@ -387,14 +387,14 @@ def pause(stage: str) -> None:
 
 
 def course_of(config: RLConfig, shapes: Mapping[Any, int]) -> str:
-    """How often questions are asked; `shapes` counts them by batch shape, of which an iteration has one."""
+    """Says how often questions are asked. `shapes` counts them by batch shape; an iteration has one shape."""
     count, iterations = sum(shapes.values()), config.iterations
     epochs = iterations * config.prompts / count
-    said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
+    text = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
     if (times := config.prompts / min(shapes.values())) > 1:
         each = "each question" if len(shapes) == 1 else "a question of the rarest shape"
-        said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
-    return said
+        text += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
+    return text
 
 
 def other_limits(config: TrainConfig) -> list[str]:
@@ -408,9 +408,9 @@ def other_limits(config: TrainConfig) -> list[str]:
         "config.rollout, which is of tuning": differences(used, config.rollout, changed),
     }
     return [
-        f"rl goes by config.rl.rollout.{name}={mine!r}, not by the {other!r} of {where}"
-        for where, found in others.items()
-        for name, (mine, other) in found.items()
+        f"rl goes by config.rl.rollout.{name}={own!r}, not by the {other!r} of {where}"
+        for where, pairs in others.items()
+        for name, (own, other) in pairs.items()
     ]
 
 

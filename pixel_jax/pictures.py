@@ -1,4 +1,4 @@
-"""Conversion of Pillow images of any mode to the RGB pixels that a person would see.
+"""Converts Pillow images of any mode to the RGB pixels that a person would see.
 
 The same rules hold in training, evaluation, chat and `Processor`: images are upright, 16 bits are scaled to 8, transparent
 parts are white.
@@ -46,7 +46,7 @@ def rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
     Transparent parts are composited on white, as transformers 5 does.
 
     Args:
-      image: of any mode that says how bright its values are.
+      image: an image of any mode whose values have a scale.
       name: what errors and warnings call it.
 
     Returns:
@@ -79,7 +79,7 @@ def orientation(image: Image.Image, name: str = "the image") -> int:
 
 
 def _on_white(image: Image.Image) -> np.ndarray:
-    """uint8, to be broadcast to [h, w, 3]."""
+    """Composites an image on white: uint8, to be broadcast to [h, w, 3]."""
     if image.mode in DEEP_MODES:
         grey = np.asarray(image)
         shown = (grey >> 8).astype(np.uint8)

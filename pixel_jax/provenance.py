@@ -28,13 +28,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """The versions of Python and of those `PACKAGES` that are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def devices() -> dict[str, Any]:

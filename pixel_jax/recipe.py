@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from pixel_jax.training.algorithms import algorithm
 
-PIXEL = 28**2  # of one visual token
+PIXEL = 28**2  # pixels of one visual token
 
 
 class SizeSettings(NamedTuple):
@@ -33,7 +33,7 @@ EXAMPLES, QUERIES = 7_850, 15_400  # released traces (SFT) and questions (RL)
 
 
 def read_words(words: str) -> tuple[str, str]:
-    """("full" or "lora", the name of an algorithm or "") from the words after a config's colon: one of them, or both."""
+    """Splits the words after a config's colon into "full" or "lora", and the name of an algorithm or ""."""
     weights, _, other = words.partition(",")
     return (weights, other) if weights in LEARNING_RATES else ("full", words)
 
@@ -65,7 +65,10 @@ def base(size: str, weights: str) -> ConfigDict:
 
 
 def optimizer(weights: str, **values) -> dict[str, Any]:
-    """AdamW. Adapters take ten times the learning rate of all weights (Schulman et al., LoRA Without Regret, 2025)."""
+    """Returns the settings of AdamW.
+
+    Adapters take ten times the learning rate of all weights (Schulman et al., LoRA Without Regret, 2025).
+    """
     return {
         "kind": "adamw",
         "learning_rate": LEARNING_RATES[weights],
@@ -88,7 +91,7 @@ def forward(size: str, rows: int) -> dict[str, Any]:
 
 
 def sft(size: str, weights: str = "full", changes: Mapping[str, Any] = {}) -> ConfigDict:  # noqa: B006, never changed
-    """The warm start (§4.1, App.; the released `sft.sh`), with `changes` on top."""
+    """Returns the config of the warm start (§4.1, App.; the released `sft.sh`), with `changes` on top."""
     config = base(size, weights)
     config.model = f"models/Qwen2.5-VL-{size.upper()}-Instruct"
     config.data = "data/traces.jsonl"
@@ -125,10 +128,10 @@ def sft(size: str, weights: str = "full", changes: Mapping[str, Any] = {}) -> Co
 
 
 def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> ConfigDict:  # noqa: B006, never changed
-    """Reinforcement learning with the curiosity reward (§4.2, App.), with `changes` on top.
+    """Returns the config of reinforcement learning with the curiosity reward (§4.2, App.), with `changes` on top.
 
     Args:
-        size: of the model.
+        size: the size of the model.
         words: "full" or "lora", the name of an algorithm, or both, as in "lora,dapo".
         changes: settings that replace those of the recipe.
     """

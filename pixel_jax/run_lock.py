@@ -1,4 +1,4 @@
-"""A lock for one run at a time in a directory. It names its holder, and nobody has to remove it by hand."""
+"""A lock that lets one run at a time use a directory. It names its holder, and is taken over when the holder has ended."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from pixel_jax.terminal import warn
 LOCK = "lock.json"
 BEAT = 10.0  # seconds between two heartbeats; a heartbeat sets the file's time of modification
 SILENCE = 60.0  # seconds without a heartbeat after which a holder on another machine counts as dead
-LOOK = 1.0  # seconds between two looks at the lock of another machine
+LOOK = 1.0  # seconds between two readings of the lock of another machine
 TAKEN = 1  # exit code of a process whose lock was taken over while it was stopped
 
 
@@ -28,7 +28,7 @@ class LockError(OSError):
 
 
 class Holder(NamedTuple):
-    """A process, identified for all time: pids are reused, and every machine and container has its own."""
+    """A process with all that identifies it: pids are reused, and every machine and container has its own."""
 
     host: str
     space: str  # boot and pid namespace: processes of the same one see each other
@@ -177,7 +177,7 @@ def _take_over(path: pathlib.Path, seen: LockContent, content: bytes) -> bool:
     claim = path.with_name(f".{LOCK}.{zlib.crc32(seen.content):08x}")
     if not _create(claim, b""):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - claim.stat().st_mtime > SILENCE:  # its process died at this very point
+            if time.time() - claim.stat().st_mtime > SILENCE:  # the process that made the claim has died
                 claim.unlink()
         time.sleep(LOOK / 10)
         return False
@@ -199,9 +199,9 @@ def _remove(path: pathlib.Path, content: bytes) -> None:
         os.rename(path, aside)  # of several processes that try, one succeeds
     except FileNotFoundError:
         return
-    found = LockContent.at(aside)
-    if found is not None and found.content != content:
-        _create(path, found.content)
+    current = LockContent.at(aside)
+    if current is not None and current.content != content:
+        _create(path, current.content)
     aside.unlink(missing_ok=True)
 
 
@@ -209,13 +209,13 @@ def _beat(path: pathlib.Path, content: bytes, done: threading.Event) -> None:
     """Writes heartbeats while the process holds the lock, and ends the process if it has lost it."""
     while not done.wait(BEAT):
         try:
-            found = LockContent.at(path)
-            if found is not None and found.content == content:
+            current = LockContent.at(path)
+            if current is not None and current.content == content:
                 os.utime(path)
                 continue
-            if found is None and _create(path, content):
+            if current is None and _create(path, content):
                 continue
-        except OSError as error:  # of a file server; the lock stays ours for a while
+        except OSError as error:  # a file server fails for a while; other runs still wait `SILENCE` seconds
             warn(f"{path}: no heartbeat could be written ({error})")
             continue
         warn(f"{path.parent} was taken over by another run while this process stood still: it ends")

@@ -54,9 +54,9 @@ def draw_run(out: pathlib.Path, page: str | None = None) -> pathlib.Path:
         if (out / phase / METRICS).is_file():
             sections += _phase(out, out / phase)
     sections += [("Settings", _settings(read_note(out / CONFIG)))]
-    place = out / PAGE if page is None else pathlib.Path(page)
-    report.write(place, report.page(f"The run {out}", sections))
-    return place
+    page_path = out / PAGE if page is None else pathlib.Path(page)
+    report.write(page_path, report.page(f"The run {out}", sections))
+    return page_path
 
 
 def _phase(out: pathlib.Path, phase: pathlib.Path) -> list[tuple[str, str]]:
@@ -108,9 +108,9 @@ def _course(lines: Sequence[Mapping[str, Any]], name: str) -> str:
 def _curves(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
     panels = {}
     for title, names in PANELS.items():
-        found = {label: points for label, name in names.items() if (points := _of(lines, name))}
-        if found:
-            panels[title] = found
+        panel = {label: points for label, name in names.items() if (points := _of(lines, name))}
+        if panel:
+            panels[title] = panel
     if not panels:
         return report.paragraph("Nothing has been measured yet.")
     return curves(panels, f"{unit}s", dict.fromkeys(SHARES, (0.0, 1.0)))
@@ -143,8 +143,8 @@ def _read(read: Mapping[str, Any]) -> str:
         return report.paragraph("It was not recorded.")
     dropped, mended = read.get("dropped") or [], read.get("mended") or {}
     rows = [("rows dropped", str(len(dropped))), *((what, str(count)) for what, count in mended.items())]
-    said = report.table(("", ""), rows, style="facts")
-    return said + (
+    counts = report.table(("", ""), rows, style="facts")
+    return counts + (
         report.folded("why", report.table(("",), [[why] for why in dropped], style="facts")) if dropped else ""
     )
 
@@ -158,21 +158,21 @@ def _starts(history: Sequence[Mapping[str, Any]]) -> str:
         where = f"{x['host']}, {devices.get('count')} × {devices.get('kind')}"
         rows.append((x["time"], x["what"] + done, x.get("command", ""), where, changed))
     versions = history[-1].get("versions") if history else None
-    said = report.table(("time (UTC)", "", "command", "where", "changed"), rows, style="facts")
-    return said + (report.paragraph(", ".join(f"{a} {b}" for a, b in versions.items())) if versions else "")
+    starts = report.table(("time (UTC)", "", "command", "where", "changed"), rows, style="facts")
+    return starts + (report.paragraph(", ".join(f"{a} {b}" for a, b in versions.items())) if versions else "")
 
 
 def _settings(values: Mapping[str, Any] | None) -> str:
     if values is None:
         return report.paragraph("They were not recorded.")
-    found = list(settings(TrainConfig, values, prefix="--config"))
+    every_setting = list(settings(TrainConfig, values, prefix="--config"))
 
     def shown(x: Setting) -> tuple[str, str, str]:
         return x.key, _short(x.value), x.about
 
-    own = [shown(x) for x in found if _short(x.value) != _short(x.default)]
+    own = [shown(x) for x in every_setting if _short(x.value) != _short(x.default)]
     head = ("setting", "value", "")
-    every = report.folded("all settings", report.table(head, [shown(x) for x in found], style="facts"))
+    every = report.folded("all settings", report.table(head, [shown(x) for x in every_setting], style="facts"))
     return report.paragraph("Those that are not the default:") + report.table(head, own, style="facts") + every
 
 

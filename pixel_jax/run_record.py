@@ -1,7 +1,7 @@
-"""What an adapter was trained on, in the directory of the phase that trained it: what it takes to edit the adapter later.
+"""The record of what an adapter was trained on, from which the adapter can be edited later.
 
-`pixel-jax sft` and `pixel-jax rl` write it when they end, if an adapter is all that they train. It holds no text and no picture:
-ids, digests, the order in which examples were seen, and the settings of the run.
+`pixel-jax sft` and `pixel-jax rl` write it to the directory of the phase when they end, if an adapter is all that they train. It
+holds no text and no picture: ids, digests, the order in which examples were seen, and the settings of the run.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class RecordError(ValueError):
 
 
 class TrainedExample(NamedTuple):
-    """An example of a run: what it is called, and digests of what it says and of its pictures."""
+    """An example of a run: its name, the digest of its texts, and those of its pictures."""
 
     name: str
     said: str
@@ -36,13 +36,13 @@ class TrainedExample(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What an adapter was trained on."""
+    """The settings, examples and order with which an adapter was trained."""
 
     command: Literal["sft", "rl"]
     settings: Mapping[str, Any]  # by dotted names, as `run.json` has them, with digests of model and data
     examples: tuple[TrainedExample, ...]
     shapes: tuple[BatchShape, ...]  # of rows
-    order: tuple[tuple[PackedRow, ...], ...]  # of each step the rows, of which those of `rl` hold one question each
+    order: tuple[tuple[PackedRow, ...], ...]  # the rows of each step; a row of `rl` holds one question
     epoch: float  # steps of a pass over the data
     gradient_norm: float  # the largest of a batch's gradient in the last epoch
     adapter: str  # digest of the adapter's files
@@ -66,7 +66,7 @@ class RunRecord:
         """Reads the record of a phase.
 
         Raises:
-            RecordError: there is none, or it is not as it was written.
+            RecordError: the phase has no record, or a damaged one.
         """
         path = pathlib.Path(phase) / FILE
         value = read_json(path, limit=LARGEST, error=RecordError)
@@ -82,7 +82,7 @@ class RunRecord:
                     "gradient_norm": int() | float() as gradient_norm,
                     "adapter": str(adapter),
                 }:
-                    found = cls(
+                    record = cls(
                         command,
                         settings,
                         tuple(_example(x) for x in examples),
@@ -94,10 +94,10 @@ class RunRecord:
                     )
                 case _:
                     raise TypeError("a field is missing or of another type")
-            found._check()
+            record._check()
         except (TypeError, ValueError) as error:
             raise RecordError(f"{path} is not a record of a run ({error}): start the run's command again") from None
-        return found
+        return record
 
     def _check(self) -> None:
         numbers = {i for rows in self.order for row in rows for i in row.traces}
@@ -141,26 +141,26 @@ def record_run(
 
     Args:
         phase: the directory of the phase.
-        command: of the run.
-        settings: of the run, by dotted names (`pixel_jax.identity.read_settings`).
-        examples: that it was trained on, in the order that numbers them.
-        shapes: of rows.
-        order: of each step the rows.
+        command: the command of the run.
+        settings: the settings of the run, by dotted names (`pixel_jax.identity.read_settings`).
+        examples: the examples of training, in the order that numbers them.
+        shapes: the shapes of rows.
+        order: the rows of each step.
         epoch: steps of a pass over the data.
-        metrics: of all steps.
+        metrics: the metrics of all steps.
         adapter: the directory of the trained adapter.
-        digests: of files.
+        digests: the cache of digests of files.
 
     Returns:
         The record.
     """
     last = [x["grad_norm"] for x in metrics[-max(1, round(epoch)) :] if isinstance(x.get("grad_norm"), float)]
     pictures = digest_sources([x.images for x in examples], digests)
-    said = [digest_example(x) for x in examples]
+    text_digests = [digest_example(x) for x in examples]
     record = RunRecord(
         command=command,
         settings=settings,
-        examples=tuple(map(TrainedExample, distinct([x.id for x in examples]), said, map(tuple, pictures))),
+        examples=tuple(map(TrainedExample, distinct([x.id for x in examples]), text_digests, map(tuple, pictures))),
         shapes=tuple(shapes),
         order=tuple(map(tuple, order)),
         epoch=epoch,
@@ -172,13 +172,13 @@ def record_run(
 
 
 def distinct(ids: Sequence[str]) -> list[str]:
-    """The ids, each once: a second example of one id has "#2" after it, and so on."""
-    taken, counts, found = set(ids), Counter[str](), []
+    """Makes ids distinct: the second of equal ones gets "#2" at its end, and so on."""
+    taken, counts, names = set(ids), Counter[str](), []
     for name in ids:
         counts[name] += 1
         new = name
         while counts[name] > 1 and (new := f"{name}#{counts[name]}") in taken:
             counts[name] += 1
         taken.add(new)
-        found.append(new)
-    return found
+        names.append(new)
+    return names

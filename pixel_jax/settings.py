@@ -22,12 +22,12 @@ class Setting(NamedTuple):
 def settings(
     cls: type, values: Mapping[str, Any] | None = None, prefix: str = "config", default: Any = None
 ) -> Iterator[Setting]:
-    """Every setting of the dataclass `cls`, nested ones included, in the order of the code.
+    """Iterates over the settings of the dataclass `cls`, nested ones included, in the order of the code.
 
     Args:
         cls: the dataclass of the config.
-        values: of a config, as `load` takes them; None: the defaults, optional sections included.
-        prefix: of the keys.
+        values: the values of a config, as `load` takes them; None: the defaults, optional sections included.
+        prefix: the prefix of the keys.
         default: what the parent declares for this section; None: the class's own defaults.
     """
     hints, about = typing.get_type_hints(cls), comments(cls)
@@ -48,12 +48,12 @@ def settings(
             for name, inner in value.items():
                 yield from settings(section, inner, f"{key}.{name}")
         else:
-            given = value if hasattr(value, "get") else None if values is None else {}
-            yield from settings(section, given, key, usual if isinstance(usual, section) else None)
+            section_values = value if hasattr(value, "get") else None if values is None else {}
+            yield from settings(section, section_values, key, usual if isinstance(usual, section) else None)
 
 
 def listing(cls: type, values: Mapping[str, Any] | None) -> str:
-    """`settings` as text: for each a line with the value, and the default where it differs, and a line of description."""
+    """Writes `settings` as text: a line with the value, and the default where it differs, and a line of description."""
     lines = []
     for setting in settings(cls, values):
         usual = "must be given" if setting.default is dataclasses.MISSING else f"default: {setting.default!r}"
@@ -67,9 +67,9 @@ def listing(cls: type, values: Mapping[str, Any] | None) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comments of a dataclass's fields: field -> the comment behind it, or the one above it, in the source."""
+    """Reads the comments of a dataclass's fields: field -> the comment behind it, or the one above it, in the source."""
     names = {field.name for field in dataclasses.fields(cls)}
-    found = dict(comments(cls.__base__)) if dataclasses.is_dataclass(cls.__base__) else {}
+    descriptions = dict(comments(cls.__base__)) if dataclasses.is_dataclass(cls.__base__) else {}
     above: list[str] = []  # the lines of comment since the last line of code
     current = ""  # the field whose declaration is being read
     starts = True  # whether the next token begins a line of code
@@ -78,8 +78,8 @@ def comments(cls: type) -> dict[str, str]:
             text = token.string.lstrip("# ")
             if starts:
                 above.append(text)
-            elif current and current not in found:
-                found[current] = text
+            elif current and current not in descriptions:
+                descriptions[current] = text
         elif token.type == tokenize.NL:
             if starts and not token.line.strip():
                 above = []
@@ -89,9 +89,9 @@ def comments(cls: type) -> dict[str, str]:
             if starts:
                 current = token.string if token.type == tokenize.NAME and token.string in names else ""
                 if current and above:
-                    found[current] = " ".join(above)
+                    descriptions[current] = " ".join(above)
             starts = False
-    return found
+    return descriptions
 
 
 def _default(field: dataclasses.Field) -> Any:

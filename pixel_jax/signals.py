@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM at any moment: during a compilation, while waiting for data, at the program's end."""
+"""Handles Ctrl-C and SIGTERM at any moment: during a compilation, while waiting for data, at the program's end."""
 
 import atexit
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
-WORDS = 3.0  # seconds for the last output: the reader of standard output may have stopped reading
+WORDS = 3.0  # seconds that the last output may take: the reader of standard output may have stopped reading
 
 
 class Signals:
@@ -77,7 +77,7 @@ class Signals:
             work()
 
     def _take(self, number: int, frame) -> None:
-        """The handler in the main thread: a signal that the program sends to itself counts before its next line."""
+        """Handles a signal in the main thread: one that the program sends to itself takes effect before its next line."""
         self.told = self.told or self._saves
 
     def _hear(self, pipe: socket.socket) -> None:
@@ -140,14 +140,14 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
 
 
 def _terminal_as_it_is() -> Callable[[], None]:
-    """A function that restores the terminal's settings, which a prompt for input changes."""
+    """Returns a function that restores the terminal's settings, which a prompt for input changes."""
     try:
         import termios
 
-        found = termios.tcgetattr(0)
+        attributes = termios.tcgetattr(0)
     except Exception:  # no terminal
         return lambda: None
-    return lambda: termios.tcsetattr(0, termios.TCSADRAIN, found)
+    return lambda: termios.tcsetattr(0, termios.TCSADRAIN, attributes)
 
 
 SIGNALS = Signals()

@@ -1,7 +1,7 @@
 """Readers and writers of the files in which a run records its state (`pixel_jax.files` underneath).
 
-They are written whole or not at all. A file that is damaged all the same ends no program: it counts as not written, with a
-warning on standard error.
+They are written whole or not at all. A file that is damaged nevertheless does not end the program: it counts as not written,
+with a warning on standard error.
 """
 
 import json
@@ -24,7 +24,7 @@ def is_object(value: Any) -> bool:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """The JSON text of a value, for `parse_json`: a number that is not finite becomes null."""
+    """Writes a value as JSON, for `parse_json`; a number that is not finite becomes null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -42,10 +42,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
-    """The value of a JSON file that `write_json` wrote.
+    """Reads the value of a JSON file that `write_json` wrote.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         check: tells whether such a file can hold a value; by default, whether it is an object.
 
     Returns:
@@ -64,13 +64,13 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
 
 
 def read_json_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, in order.
+    """Reads the objects of a file of JSON lines, in order.
 
-    A last line without a line feed is still being written, or was when its process was killed: it is left out. Any other
-    line that is no object with the fields is dropped with a warning.
+    A last line without a line feed is left out: it is still being written, or its process was killed. Any other line that is no
+    object with the fields is dropped with a warning.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         **fields: the type of each field.
     """
     if not os.path.lexists(path):
@@ -114,7 +114,7 @@ class LineLog:
         """Opens a log.
 
         Args:
-            path: of the file.
+            path: the path of the file.
             durable: whether each append is synchronised to the disk, to survive a loss of power.
         """
         self.durable = durable

@@ -1,4 +1,4 @@
-"""Terminal output: foreign text is made harmless, and output that cannot be written does not end the program."""
+"""Writes to the terminal: foreign text is made harmless, and output that cannot be written does not end the program."""
 
 import io
 import os
@@ -15,7 +15,7 @@ BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def printable(text: Any) -> str:
-    """`text` with control characters as escapes, so that no file name and no model can steer the terminal.
+    """Writes control characters of `text` as escapes, so that no file name and no model can steer the terminal.
 
     Line feeds and tabs stay. Escaped are the other control characters (Unicode category Cc, with it ESC and the C1 codes),
     line and paragraph separators, marks that reverse the direction of what follows, and halves of surrogate pairs.
@@ -37,7 +37,7 @@ def _escape(character: str) -> str:
 
 
 def brief(value: Any, length: int = 200) -> str:
-    """The `repr` of a foreign value, for a message; a long one is cut."""
+    """Returns the `repr` of a foreign value, for a message; a long one is cut."""
     text = repr(value[: length + 1] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= length else f"{text[:length]}..."
 
@@ -65,7 +65,7 @@ def put(text: str, stream: TextIO | None) -> None:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, title: str = "", caption: str = ""
 ) -> "Table":
-    """A table of foreign text: no cell is markup, and control characters are escaped.
+    """Makes a table of foreign text: no cell is markup, and control characters are escaped.
 
     Args:
         head: names of the columns.
@@ -100,7 +100,7 @@ def print_table(content: "Table", stream: TextIO | None = None) -> None:
 
 
 def table_text(content: "Table") -> str:
-    """A table as `print_table` writes it to a file, without the line feed at its end."""
+    """Writes a table as `print_table` does to a file, and returns the text without the line feed at its end."""
     text = io.StringIO()
     print_table(content, text)
     return text.getvalue().rstrip("\n")

@@ -1,4 +1,4 @@
-"""`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
+"""`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: trains a model directory on a file of examples."""
 
 import dataclasses
 from typing import Literal

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # In a run's directory: all its settings (config.json is what a model has), and what was read.
 CONFIG, DATA = "settings.json", "data.json"
-# Shapes by hand come together: those of all rows, and those of rows about videos.
+# Settings of shapes by hand that must be given together: for all rows, and for rows about videos.
 BY_HAND = {
     "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
     "rl": (("image_buffer", "prompt_width"), ("video_buffer", "video_prompt_width")),
@@ -44,17 +44,14 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One experiment. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
+    """The settings of an experiment. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
     model: str  # directory to start from
     data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)
-    out: str  # run directory: checkpoints, metrics, what was looked at, the page of the run, and at the end the model
-    data_eval: str | None = (
-        None  # examples that the run is judged by, in the format of `data`; None: `watch.share` of these
-    )
-    image_folders: tuple[
-        str, ...
-    ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
+    out: str  # run directory: checkpoints, metrics, conversations, the page of the run, and at the end the model
+    # Examples on which the run is evaluated, in the format of `data`; None: `watch.share` of those in `data`.
+    data_eval: str | None = None
+    image_folders: tuple[str, ...] = ()  # other folders than the data's in which images may lie: ("/",) allows all
     # What data of one's own calls our fields, as in {"question": "prompt", "images": "image"} (`pixel_jax.data.own`).
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     sft: SFTConfig | None = None
@@ -63,30 +60,27 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     # Directory of an adapter (PEFT's format) to go on with; it takes the place of a new one by `lora`.
     adapter: str | None = None
-    tools: tuple[str, ...] = (
-        DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
-    )
-    host_tools: HostToolsConfig = HostToolsConfig()  # those of them that run on the host
+    # What a model may call: names of shipped tools, or module:name (`pixel_jax.tools.named`).
+    tools: tuple[str, ...] = DEFAULT
+    host_tools: HostToolsConfig = HostToolsConfig()  # settings of the tools that run on the host
     corrections: bool = True  # tune on traces that show a mistake, too
     rollout: RolloutConfig = RolloutConfig()  # limits and pixel budgets of traces; `rl.rollout` has those of rollouts
     # Axis sizes of data, fsdp, sequence, tensor; -1 takes the devices that are left. None: one device.
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     # The same for rollouts, which may lie otherwise on the same devices; none: as above.
     rollout_mesh: dict[str, int] = dataclasses.field(default_factory=dict)
-    bad_rows: Literal["error", "drop"] = (
-        "error"  # "drop" leaves out what cannot be read or fits no batch shape, and counts it
-    )
+    # "drop" leaves out what cannot be read or fits no batch shape, and counts it.
+    bad_rows: Literal["error", "drop"] = "error"
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
-    read_threads: int = 16  # that read and decode files
+    read_threads: int = 16  # threads that read and decode files
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
     # Shapes of batches. None: worked out from the data. By hand, for tuning: the size of a row of one or more traces.
     trace_tokens: int | None = None
     trace_frames: int | None = None  # the most pictures of a row: images, frames and crops
     trace_patches: int | None = None  # of one frame
     buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
-    video_frames: int | None = (
-        None  # the size of a row of traces that need more frames than `trace_frames`; None: there are none
-    )
+    # The most frames of a row of traces that need more than `trace_frames`; None: there are no such rows.
+    video_frames: int | None = None
     video_patches: int | None = None  # of one frame of such a row
     # By hand, for reinforcement learning: images of a prompt, and the largest one's height and width.
     image_buffer: tuple[int, int, int] | None = None
@@ -95,11 +89,10 @@ class TrainConfig:
     video_buffer: tuple[int, int, int] | None = None
     video_prompt_width: int | None = None  # tokens of a prompt with a video
     seed: int = 0  # of the order of the examples and of new adapters
-    watch: WatchConfig = WatchConfig()  # what is looked at while the run goes on
-    save_model_every: int = (
-        0  # steps (rl: iterations): a model in `out`/models/STEP; 0: only the last one, in `out`/model
-    )
-    # The model of the look that was best, in `out`/best: the highest accuracy or the lowest loss on what is held out.
+    watch: WatchConfig = WatchConfig()  # evaluation while the run goes on
+    # Steps (rl: iterations) between models saved in `out`/models/STEP; 0: only the last one, in `out`/model.
+    save_model_every: int = 0
+    # Keeps the model of the best evaluation in `out`/best: the highest accuracy or the lowest loss on held-out examples.
     keep_best: Criterion | None = None
     # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -115,13 +108,13 @@ class TrainConfig:
                 raise ValueError(f"{name} is (pictures, height, width), all positive: {shape}")
         for together, more in BY_HAND.values():
             for names in (together, more):
-                given = [name for name in names if getattr(self, name) is not None]
-                if given and len(given) < len(names):
+                present = [name for name in names if getattr(self, name) is not None]
+                if present and len(present) < len(names):
                     raise ValueError(
-                        f"{', '.join(names)} come together, or none of them: only {', '.join(given)} is given"
+                        f"{', '.join(names)} come together, or none of them: only {', '.join(present)} is given"
                     )
-                if given and names is more and getattr(self, together[0]) is None:
-                    raise ValueError(f"{given[0]} needs {', '.join(together)}, too")
+                if present and names is more and getattr(self, together[0]) is None:
+                    raise ValueError(f"{present[0]} needs {', '.join(together)}, too")
         if self.buckets and self.trace_tokens is None:
             raise ValueError(
                 f"buckets {self.buckets} need {', '.join(BY_HAND['sft'][0])}, too: shapes are by hand, or worked out"
@@ -133,7 +126,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
 
     def for_model(self, network: "ModelConfig") -> "TrainConfig":
-        """Returns the same with the sizes of patches of a model's vision tower (`RolloutConfig.for_model`)."""
+        """Returns the same config with the patch sizes of a model's vision tower (`RolloutConfig.for_model`)."""
         rl = self.rl and dataclasses.replace(self.rl, rollout=self.rl.rollout.for_model(network))
         return dataclasses.replace(self, rollout=self.rollout.for_model(network), rl=rl)
 
@@ -182,9 +175,9 @@ class TrainConfig:
 
 
 def run_settings(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
-    """What a run is known by: its settings, and digests of its data, its model and the user's own code.
+    """Returns what identifies a run: its settings, and digests of its data, its model and the user's own code.
 
-    The settings of the phase's section are left out: the phase adds them.
+    The settings in the phase's own section are left out: the phase adds them.
     """
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
@@ -198,7 +191,7 @@ def run_settings(command: str, config: TrainConfig, examples: Sequence, digests:
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
-    """The command and the config of a run, from what it recorded of itself (`run_settings`, by dotted names).
+    """Restores the command and the config of a run from its record (`run_settings`, by dotted names).
 
     Raises:
         ValueError: the run is of another command.

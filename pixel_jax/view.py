@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 PAGE = "traces.html"
 SIDE = 640  # pixels, the longest side of a picture on the page
-MOST_IMAGES = 64  # of one trace, with what its calls show
+MOST_IMAGES = 64  # most images of a trace, those that its calls show included
 
 
 def define_flags(command: str) -> None:
@@ -42,10 +42,10 @@ def main(command: str, arguments: list[str]) -> None:
             "give one directory of a run, an evaluation or synth, or one file of traces: pixel-jax view WHAT"
         )
     language = Language(find_tools(FLAGS.tools or DEFAULT), find_format(FLAGS.call_format))
-    found = view(
+    result = view(
         pathlib.Path(arguments[0]), FLAGS.out, most=FLAGS.most, image_folders=FLAGS.image_folders, language=language
     )
-    say(found)
+    say(result)
 
 
 def view(
@@ -62,8 +62,8 @@ def view(
         what: a directory or file, as the command takes it.
         out: the page to write; None: the default.
         most: traces of a file that are drawn.
-        image_folders: where images of `traces.jsonl` may lie.
-        language: of the calls in traces for tuning; None: the released one.
+        image_folders: other folders in which images of `traces.jsonl` may lie.
+        language: the language of the calls in traces for tuning; None: the released one.
 
     Returns:
         A sentence that says what was drawn, and where.
@@ -79,8 +79,8 @@ def view(
         what = what.parent
     if is_run(what):
         return f"The run {what} is drawn in {draw_run(what, out)}."
-    if (what / "metrics.json").is_file() and (found := summary.redraw(what, out)) is not None:
-        return f"The evaluation {what} is drawn in {found}."
+    if (what / "metrics.json").is_file() and (page_path := summary.redraw(what, out)) is not None:
+        return f"The evaluation {what} is drawn in {page_path}."
     if (what / "traces.jsonl").is_file():
         what = what / "traces.jsonl"
     page = out or PAGE

@@ -1,4 +1,4 @@
-"""Evaluation during `pixel-jax sft` and `pixel-jax rl`: which examples are held out, and how they are used (`training.watch`)."""
+"""Evaluation during `pixel-jax sft` and `rl`: chooses the held-out examples, and makes the looks at them (`training.watch`)."""
 
 import dataclasses
 import pathlib
@@ -62,16 +62,16 @@ def hold_out(
     """Divides examples into those to train on and those to evaluate on. With several processes, all call it.
 
     Args:
-        examples: of the data.
+        examples: the examples of the data.
         source: a file of examples to evaluate on (`data_eval`). None: a share of `examples` is held out.
-        config: how many, and which share.
-        directory: of the phase, where the choice is recorded.
-        digests: of images; in the first process, which alone decides.
-        seed: of the choice.
+        config: the number and the share of held-out examples.
+        directory: the directory of the phase, where the choice is recorded.
+        digests: the cache of digests of images, in the first process; None in the others, which follow its choice.
+        seed: the seed of the choice.
         turns: whether the examples are traces.
-        image_folders: where the images of `source` may lie.
+        image_folders: folders in which the images of `source` may lie.
         columns: names of our fields in `source`, as in the data.
-        language: of the calls in `source`.
+        language: the language of the calls in `source`.
         pictures: whether its examples need them.
     """
     if source is not None:
@@ -110,7 +110,7 @@ class HeldOutLooks(NamedTuple):
     """The maker of a run's evaluations on held-out examples ("looks")."""
 
     config: TrainConfig
-    auto_shapes: AutoShapes  # by what shapes of questions are worked out
+    auto_shapes: AutoShapes  # how shapes of questions are worked out
     by: Sampling
 
     def ask(
@@ -121,7 +121,7 @@ class HeldOutLooks(NamedTuple):
         scorer: ScorerConfig,
         dtype: str | None,
     ) -> list[Look]:
-        """One look, at those of the examples that have an answer and fit a batch shape, or none. What is left out is said."""
+        """Makes one look, at the examples that have an answer and fit a batch shape, or none; reports the others."""
         watch, report = self.config.watch, ReadReport("held-out questions", drop=True)
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
@@ -137,9 +137,9 @@ class HeldOutLooks(NamedTuple):
         return [Asker(shaped, self.by, limits, scorer, dtype=dtype, **options)]
 
     def of_tuning(self, judging: Sequence[Example], packing: Packing) -> Look | None:
-        """Looks at held-out traces: their loss, and, if `watch.answers` says so, what the model answers to their questions.
+        """Makes looks at held-out traces: their loss and, with `watch.answers`, the model's answers to their questions.
 
-        Answers may be twice as long as the longest trace, so that a model that does not end its turns yet costs no more.
+        Answers may be twice as long as the longest trace, which bounds the cost of a model that does not end its turns yet.
         """
         config, phase = self.config, self.config.tuning
         report = ReadReport("held-out traces", drop=True)
@@ -170,7 +170,7 @@ class HeldOutLooks(NamedTuple):
         return Together(*looks)
 
     def of_learning(self, judging: Sequence[Example], shapes: Sequence[BatchShape]) -> Look | None:
-        """Looks at what the model answers to held-out questions, in the shapes of those that are learned from."""
+        """Makes a look at the model's answers to held-out questions, in the shapes of the questions of training."""
         phase = self.config.learning
         looks = self.ask(judging, shapes, phase.rollout, phase.reward.scorer, phase.forward.compute_dtype)
         return looks[0] if looks else None

@@ -1,4 +1,4 @@
-"""`pixel-jax check DIR [--data=FILE]`: whether a model, the data and this machine go together.
+"""`pixel-jax check DIR [--data=FILE]`: checks whether a model, the data and this machine go together.
 
 With a model (a directory, or a GGUF file): devices and versions, the model's files, what answering and training take of the
 memory, the rows of the data and their faults, whether the model sees (else it stops), one rollout and one update at small
@@ -99,7 +99,7 @@ def check(
     Args:
         commands: part -> the command that prints its figures.
         shares: part -> its share of the time that is left when it starts.
-        seconds: for all parts.
+        seconds: the time limit of all parts together.
         out: the file of the record, written after every part.
     """
     began = time.monotonic()
@@ -116,7 +116,7 @@ def check(
 
 
 def run_part(command: list[str], seconds: float) -> dict[str, Any]:
-    """The figures of a part, with its status: "passed", "failed" or "out of time"."""
+    """Runs a part and returns its figures, with its status: "passed", "failed" or "out of time"."""
     began = time.monotonic()
 
     def ended(status: str, wrong: list[str], **record: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""`pixel-jax check DIR`: whether a model, the data and this machine go together, before hours are spent on them.
+"""`pixel-jax check DIR`: checks whether a model, the data and this machine go together, before hours are spent on them.
 
-Devices and versions; the model directory; the memory that answering, tuning and learning take; the rows of the data; whether the
-model sees; one rollout and one update at small shapes. Every line says what was found and, where something is wrong, what to
-do about it.
+It checks devices and versions; the model directory; the memory that answering, tuning and learning take; the rows of the data;
+whether the model sees; one rollout and one update at small shapes. Every line says what was found and, where something is wrong,
+what to do about it.
 """
 
 import collections
@@ -69,20 +69,15 @@ from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_sft_step
 
 SHOWN = 5  # faults of the data that are printed; all are in the record
-SIDE = 448  # pixels: pictures of the trial are made smaller
-TRIED = 3  # pictures of the data with which sight is tried
+SIDE = 448  # pixels, the longest side of a picture in the trial rollout
+TRIED = 3  # pictures of the data with which sight is measured, at most
 Kind = Literal["sft", "rl"]
-MISTAKES = (
-    UserError,
-    ValueError,
-    OSError,
-    RuntimeError,
-    FloatingPointError,
-)  # of a user's files and settings, and of a full device
+# Errors of a user's files and settings, and of a full device.
+MISTAKES = (UserError, ValueError, OSError, RuntimeError, FloatingPointError)
 
 
 class Line(NamedTuple):
-    """One thing that was checked."""
+    """The result of one check."""
 
     name: str
     status: Literal["ok", "note", "wrong"]
@@ -109,7 +104,7 @@ class Checklist:
 
     @contextlib.contextmanager
     def item(self, name: str, remedy: str = "mend this and check again") -> Iterator[None]:
-        """What fails within is a line of this name."""
+        """Adds an error of the block as a line of this name."""
         try:
             yield
         except MISTAKES as error:
@@ -127,14 +122,14 @@ class Rows(NamedTuple):
 
     kind: Kind
     examples: Sequence[Example]
-    shapes: Sequence[BatchShape]  # that they are put in
+    shapes: Sequence[BatchShape]  # of their batches
 
 
 def check_model(config: TrainConfig, *, data: bool, out: pathlib.Path) -> list[str]:
     """Checks a model and, with `data`, what it is to be trained on.
 
     Args:
-        config: of the training; its model, adapter, mesh, tools and limits are checked.
+        config: the config of the training; its model, adapter, mesh, tools and limits are checked.
         data: whether `config.data` is checked.
         out: the file of the record.
 
@@ -182,13 +177,13 @@ def phases_of(config: TrainConfig) -> list[Kind]:
 
 
 def machine_lines(checks: Checklist, config: TrainConfig) -> None:
-    """Devices, versions, attention kernels, and the mesh."""
+    """Adds lines about devices, versions, attention kernels, and the mesh."""
     devices = jax.devices()
     kinds = ", ".join(f"{n} x {kind}" for kind, n in collections.Counter(x.device_kind for x in devices).items())
-    found = f"{kinds}, {_size(device_memory())} each for programs"
+    summary = f"{kinds}, {_size(device_memory())} each for programs"
     on_cpu = jax.default_backend() == "cpu"
     hint = "where there is an accelerator: pip install 'pixel_jax[tpu]', 'pixel_jax[cuda13]' or 'pixel_jax[cuda12]'"
-    checks.add("devices", found, hint * on_cpu, status="note" if on_cpu else "ok")
+    checks.add("devices", summary, hint * on_cpu, status="note" if on_cpu else "ok")
     checks.details["versions"] = found_versions = versions()
     main = ("pixel_jax", "python", "jax", "jaxlib", "libtpu", "flax", "transformers", "pillow")
     checks.add("versions", ", ".join(f"{x} {found_versions[x]}" for x in main if x in found_versions))
@@ -217,7 +212,7 @@ def machine_lines(checks: Checklist, config: TrainConfig) -> None:
 
 
 def model_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -> Recipe | None:
-    """Family, sizes, type and adapter; the recipe without tables, or None if something is wrong."""
+    """Adds lines about family, sizes, type and adapter; returns the recipe without tables, or None if something is wrong."""
     network, stored = files.config, {FLOATS[x.dtype].name for x in files.tensors.values() if x.dtype in FLOATS}
     dtype = stored.pop() if len(stored) == 1 else files.config_dtype or "float32"
     recipe = Recipe(config, network, (), dtype)  # pyright: ignore[reportArgumentType]: no tables are known yet
@@ -242,7 +237,7 @@ def model_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -> Re
 
 
 def tokenizer_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -> Vocabulary | None:
-    """The tokenizer, and the limits beside the model; None: it cannot be talked to."""
+    """Adds a line about the tokenizer and the limits beside the model; returns its vocabulary, None if it has none."""
     if files.processor is None:
         checks.add(
             "tokenizer", "none", "put the tokenizer's files (tokenizer.json, tokenizer_config.json) into the directory"
@@ -262,7 +257,7 @@ def tokenizer_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -
 def data_lines(
     checks: Checklist, config: TrainConfig, vocabulary: Vocabulary, known: Tables, files: ModelFiles, mesh: Mesh | None
 ) -> Rows | None:
-    """The rows of the data by kind, their faults, and how many have room."""
+    """Adds lines about the rows of the data, their faults and how many fit; returns those that do, None if none does."""
     use_limits(config.limits)
     options: dict[str, Any] = {
         "image_folders": config.image_folders,
@@ -276,7 +271,7 @@ def data_lines(
         report = ReadReport(config.data, drop=True)
         try:
             found[kind] = read_rows(config.data, report, turns=kind == "sft", **options), report
-        except ValueError as error:  # of the whole file; questions as released have no turns
+        except ValueError as error:  # the file as a whole cannot be read: the released questions have no turns
             unreadable = error
     if not found:
         assert unreadable is not None
@@ -301,9 +296,9 @@ def data_lines(
     )
     other: Kind = "rl" if kind == "sft" else "sft"
     use = {"sft": "have turns to tune on (sft)", "rl": "have an answer to learn by (rl)"}
-    said = f"{_plural(total, 'row')}: {len(examples)} {use[kind]}"
-    said += f", {len(found[other][0])} {use[other]}" if other in found and found[other][0] else ""
-    said += "".join(f"; {n} {name}" for name, n in counts.items())
+    summary = f"{_plural(total, 'row')}: {len(examples)} {use[kind]}"
+    summary += f", {len(found[other][0])} {use[other]}" if other in found and found[other][0] else ""
+    summary += "".join(f"; {n} {name}" for name, n in counts.items())
     left_out = len(report.dropped)
     remedy = "mend these rows, or leave them out with config.bad_rows='drop'" * (
         left_out > 0 and config.bad_rows == "error"
@@ -312,7 +307,7 @@ def data_lines(
     if not fitting:
         remedy = "no row can be used: docs/your-own-data.md describes the format, config.columns renames fields"
     room = "the config's shapes" if config.trace_shapes or config.image_buffer else "shapes worked out from them"
-    checks.add("data", f"{said}; {len(fitting)} fit {room}", remedy)
+    checks.add("data", f"{summary}; {len(fitting)} fit {room}", remedy)
     for fault in report.dropped[:SHOWN]:
         checks.add("fault", fault, status="note")
     if left_out > SHOWN:
@@ -332,33 +327,33 @@ def with_room(
     files: ModelFiles,
     mesh: Mesh | None,
 ) -> tuple[Sequence[Example], Sequence[BatchShape]]:
-    """The examples that the config's shapes, or those that are worked out, have room for; and these shapes.
+    """Returns the examples that fit the config's shapes, or those that are worked out; and these shapes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no example fits.
     """
     limits = limits_of(kind, config)
     if kind == "sft":
-        by = config.trace_shapes or tuning_shapes(config.tuning, files.config, mesh)
-        given = {"size": config.tuning.batch_size, "seed": config.seed, "report": report}
-        packing = Packing(examples, vocabulary, known, limits, by, **given)
+        row_shapes = config.trace_shapes or tuning_shapes(config.tuning, files.config, mesh)
+        order_options = {"size": config.tuning.batch_size, "seed": config.seed, "report": report}
+        packing = Packing(examples, vocabulary, known, limits, row_shapes, **order_options)
         return packing.examples, packing.buckets
-    by = config.prompt_shapes or question_shapes(files.config, mesh, config.learning.prompts)
-    assigned = assign_shapes(examples, by, vocabulary, limits, report, known.tools)
+    row_shapes = config.prompt_shapes or question_shapes(files.config, mesh, config.learning.prompts)
+    assigned = assign_shapes(examples, row_shapes, vocabulary, limits, report, known.tools)
     return [x.example for x in assigned], list(dict.fromkeys(x.shape for x in assigned))
 
 
 def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[Kind, bool] | None:
-    """What answering and each phase take of a device, by formula. None: not even the weights fit; else which phases fit."""
+    """Adds lines about the memory of answering and of each phase, by formula; returns which fit, None if no weights do."""
     room, config, network = device_memory(), recipe.config, recipe.network
     model = abstract_model(recipe)
     weights = bytes_per_device(sharded(model, shardings(model, mesh)))
     limits = read_limits(config.model) or RolloutConfig()
     cache = network.text.cache_bytes(limits.max_tokens, jnp.dtype(recipe.dtype).itemsize)
-    said = f"to answer: weights {_size(weights)}, a row of {limits.max_tokens} tokens {_size(cache)}, of {_size(room)}"
+    text = f"to answer: weights {_size(weights)}, a row of {limits.max_tokens} tokens {_size(cache)}, of {_size(room)}"
     remedy = "split the weights over more devices (config.mesh), or take a smaller model, or one in bfloat16"
     shorter = "lower max_tokens in the model's rollout.json, or split the weights over more devices (config.mesh)"
-    checks.add("memory", said, remedy if weights > room else shorter * (weights + cache > room))
+    checks.add("memory", text, remedy if weights > room else shorter * (weights + cache > room))
     checks.details["memory"] = needs = dict[str, Any](device=room, weights=weights, row=cache, phases={})
     if weights > room:
         return None
@@ -369,19 +364,19 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
             parts = tuning_bytes(recipe, mesh, rows) if kind == "sft" else learning_bytes(recipe, mesh, rows)
             needs["phases"][kind] = parts
             fits[kind] = sum(parts.values()) <= room
-            said = f"{kind}: " + ", ".join(f"{name} {_size(n)}" for name, n in parts.items())
-            said += f": {_size(sum(parts.values()))} of {_size(room)}"
+            text = f"{kind}: " + ", ".join(f"{name} {_size(n)}" for name, n in parts.items())
+            text += f": {_size(sum(parts.values()))} of {_size(room)}"
             less = "" if config.adapts else "train adapters (config.lora; --config=pixel/own_data:lora), or "
             remedy = (
                 f"{less}split the weights over more devices (config.mesh), or take smaller pictures and shorter rows"
             )
             status = "ok" if fits[kind] else "note" if rows is None else "wrong"
-            checks.add("memory", said, "" if fits[kind] else remedy, status=status)
+            checks.add("memory", text, "" if fits[kind] else remedy, status=status)
     return fits
 
 
 def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int]:
-    """Bytes of a device that an update of tuning takes, with one row at a time on each shard."""
+    """Computes the bytes of a device that an update of tuning takes, with one row at a time on each shard."""
     phase = recipe.config.tuning
     state = abstract_state(recipe, phase, phase.steps or 1, mesh)
     parts = _of_update(recipe, state, phase.forward)
@@ -393,16 +388,19 @@ def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int
 
 
 def learning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int]:
-    """Bytes of a device that the larger of a rollout and an update takes, with one prompt, or one row, on each shard."""
+    """Computes the bytes that a rollout or an update takes, whichever is more, with one prompt or row on each shard."""
     phase, text = recipe.config.learning, recipe.network.text
     limits = phase.rollout
     rolled = make_mesh(recipe.config.rollout_mesh) if recipe.config.rollout_mesh else mesh
     state = abstract_state(recipe, phase, phase.iterations * phase.updates, mesh)
     width = jnp.dtype(phase.forward.compute_dtype or recipe.dtype).itemsize
     prompt = max((x.tokens for x in rows.shapes), default=0) if rows is not None else 0
-    held = resident(recipe, "rollout", mesh, rolled) + bytes_per_device(policy(recipe, rolled))
+    fixed = resident(recipe, "rollout", mesh, rolled) + bytes_per_device(policy(recipe, rolled))
     cached = limits.group_size * text.cache_bytes(limits.max_response, width) + text.cache_bytes(prompt, width)
-    rollout_parts = {"state and weights of a rollout": held, f"caches of a prompt's {limits.group_size} rows": cached}
+    rollout_parts = {
+        "state and weights of a rollout": fixed,
+        f"caches of a prompt's {limits.group_size} rows": cached,
+    }
     update_parts = _of_update(recipe, state, phase.forward)
     if rows is not None:
         patches = max(limits.max_pixels, limits.crop_max_pixels) // limits.patch_size**2
@@ -414,7 +412,7 @@ def learning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, i
 
 
 def _of_update(recipe: Recipe, state: TrainState, forward: ForwardConfig) -> dict[str, int]:
-    """What an update takes whatever its rows: as `pixel_jax.training.steps.make_step` counts it."""
+    """Computes what an update takes besides its rows, as `pixel_jax.training.steps.make_step` counts it."""
     trained = bytes_per_device(state.trainable)
     return {
         "weights and optimizer": bytes_per_device(state),
@@ -437,7 +435,7 @@ def trial_lines(
     rows: Rows | None,
     fits: dict[Kind, bool],
 ) -> None:
-    """The weights are read; the model looks; it writes and is changed once."""
+    """Reads the weights, checks that the model sees, and tries one rollout and one update."""
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
     model: Any = None
@@ -461,13 +459,13 @@ def trial_lines(
 
 
 def look(checks: Checklist, model: Model, processor: Processor, rows: Rows | None) -> bool:
-    """Whether the model sees, or has nothing to see with."""
+    """Checks whether the model sees; a model without a vision tower passes."""
     if model.config.vision is None:
         checks.add("sees", "text only: nothing to see")
         return True
     sight = None
     for image, question, answer in [*pictures(rows), PICTURE]:
-        with contextlib.suppress(ValueError):  # one colour, or a text that stands for pictures: the next one is taken
+        with contextlib.suppress(ValueError):  # the picture has one colour, or the question a placeholder: try the next
             sight = measure_sight(model, processor, image, question, answer)
             if sight.sees:
                 break
@@ -486,16 +484,16 @@ def look(checks: Checklist, model: Model, processor: Processor, rows: Rows | Non
 
 
 def pictures(rows: Rows | None) -> Iterator[tuple[np.ndarray, str, str]]:
-    """A few pictures of the data, each with its question and a right answer."""
+    """Iterates over a few pictures of the data, each with its question and a right answer."""
     shown = [x for x in (rows.examples if rows is not None else ()) if x.images and not x.video]
     for example in shown[:TRIED]:
-        said = example.answer[0] if example.answer else "".join(text for text, _ in example.turns[-1].parts)
-        if said:
-            yield example.query().images[0], example.question, said[:200]
+        answer = example.answer[0] if example.answer else "".join(text for text, _ in example.turns[-1].parts)
+        if answer:
+            yield example.query().images[0], example.question, answer[:200]
 
 
 def squares() -> np.ndarray:
-    """A picture of coloured squares."""
+    """Draws a picture of coloured squares."""
     colours = np.array([[220, 30, 30], [30, 180, 60], [40, 60, 220], [240, 220, 40]], np.uint8)
     rows, columns = np.indices((224, 224)) // 56
     return colours[(rows + columns) % 4]
@@ -514,16 +512,16 @@ def write(
     rows: Rows | None,
     mesh: Mesh | None,
 ) -> Batch:
-    """One rollout at small shapes; its rows as a batch."""
+    """Tries one rollout at small shapes, and returns its rows as a batch."""
     limits, prompts = small(limits_of(kind, config)), 1 if mesh is None else row_shards(mesh)
     query = question(rows, sees=model.config.vision is not None)
-    asked = build_prompts([query] * prompts, vocabulary, known, limits)
+    small_prompts = build_prompts([query] * prompts, vocabulary, known, limits)
     began = time.monotonic()
-    t = to_host(rollout(model, asked, jax.random.key(0), limits))
+    t = to_host(rollout(model, small_prompts, jax.random.key(0), limits))
     seconds = time.monotonic() - began
     count = len(t.stop)
-    images = np.repeat(asked.images, count // len(asked.length))
-    t = t._replace(visual=materialize(t.visual, images, static_shape(asked, limits, mesh), limits, mesh))
+    images = np.repeat(small_prompts.images, count // len(small_prompts.length))
+    t = t._replace(visual=materialize(t.visual, images, static_shape(small_prompts, limits, mesh), limits, mesh))
     ends = collections.Counter(STOP_REASONS[int(x)] for x in t.stop)
     ended = ", ".join(f"{n} {name}" for name, n in ends.items())
     text = vocabulary.to_bytes(np.asarray(t.tokens[0])[np.asarray(t.loss_mask[0])].tolist()).decode("utf-8", "replace")
@@ -536,7 +534,7 @@ def write(
 
 
 def small(limits: RolloutConfig) -> RolloutConfig:
-    """The limits with few tokens and small pictures."""
+    """Lowers the limits to few tokens and small pictures."""
     most = TOKENS * limits.factor**2
     pixels = {}
     for name in ("", "crop_", "select_", "video_"):
@@ -548,7 +546,7 @@ def small(limits: RolloutConfig) -> RolloutConfig:
 
 
 def question(rows: Rows | None, sees: bool) -> Query:
-    """The first question of the data about pictures, made smaller, or one of our own."""
+    """Returns the first question of the data about pictures, made smaller, or one of our own."""
     if not sees:
         return Query(rows.examples[0].question if rows is not None else "What is one and one?", [])
     shown = next((x for x in (rows.examples if rows is not None else ()) if x.images and not x.video), None)
@@ -561,7 +559,7 @@ def question(rows: Rows | None, sees: bool) -> Query:
 
 
 def change(checks: Checklist, model: Model, config: TrainConfig, kind: Kind, batch: Batch, mesh: Mesh | None) -> None:
-    """One update of the weights that the config trains, on these rows."""
+    """Tries one update of the weights that the config trains, on these rows."""
     phase = config.tuning if kind == "sft" else config.learning
     optimizer = make_optimizer(phase.optimizer, 1)
     forward = dataclasses.replace(phase.forward, micro_batches=None)
@@ -586,7 +584,7 @@ def change(checks: Checklist, model: Model, config: TrainConfig, kind: Kind, bat
 
 
 def _size(count: float) -> str:
-    """A number of bytes, short."""
+    """Writes a number of bytes, short."""
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
@@ -595,7 +593,7 @@ def _plural(count: int, name: str) -> str:
 
 
 def _count(count: int) -> str:
-    """A number of weights, short."""
+    """Writes a number of weights, short."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

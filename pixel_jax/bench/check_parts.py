@@ -149,7 +149,7 @@ def update(name: str, quick: bool) -> PartResult:
         remat=True,
         implementation="kernel",
         micro_batches=turns,
-        compute_dtype=None if quick else "bfloat16",  # which CPUs are slow at
+        compute_dtype=None if quick else "bfloat16",  # bfloat16 is slow on CPUs
     )
     step = make_rl_step(forward, PolicyLossConfig(), optimizer())
     # In one program: built weight by weight, the state would need twice its memory, and more than the step.
@@ -183,7 +183,7 @@ def update(name: str, quick: bool) -> PartResult:
 
 
 def decode(quick: bool) -> PartResult:
-    """Decoding of 8 rows at a 7B's shapes: bytes of weights and caches read per second, and their share of the peak rate."""
+    """Measures decoding of 8 rows at a 7B's shapes: bytes of weights and caches read per second, and their share of the peak."""
     model = jax.jit(
         functools.partial(LanguageModel, few_layers("7b", quick), dtype=jnp.float32 if quick else jnp.bfloat16)
     )(jax.random.key(0))

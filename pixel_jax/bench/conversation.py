@@ -43,7 +43,7 @@ class PackedConversation(NamedTuple):
 
 
 def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[PackedConversation]:
-    """The rows of a rollout, to be replayed. `buffers` are the images of the prompts."""
+    """Makes the conversations of a rollout, to be replayed. `buffers` are the images of the prompts."""
     tokens = jnp.asarray(t.tokens)
     positions, _ = jax.jit(
         lambda tokens, valid, grids, seconds: mrope_positions(
@@ -105,7 +105,7 @@ def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cac
         ).logits[:, -1]
 
     def padded(parts: list[tuple[PackedConversation, int, int]]):
-        """Ranges of the rows' tokens, padded on the left."""
+        """Stacks ranges of the rows' tokens, padded on the left."""
         longest = max(last - first for _, first, last in parts)
         ids = np.zeros((len(parts), longest), np.int64)
         positions, mask = np.ones((3, len(parts), longest), np.int64), np.zeros((len(parts), longest), np.int64)
@@ -130,7 +130,7 @@ def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cac
             logits = forward(ids, positions, seen_mask, cache, pictures)
             for step in range(max(row.turns[turn].end - row.turns[turn].start for row in rows)):
                 scores = torch.log_softmax(logits, dim=-1)
-                torch.multinomial(scores.exp(), 1)  # its own choice; the turn goes on with ours
+                torch.multinomial(scores.exp(), 1)  # draws a token as `generate` does; the replayed one is used
                 at = [min(row.turns[turn].start + step, row.turns[turn].end - 1) for row in rows]
                 token = torch.tensor([row.tokens[i] for row, i in zip(rows, at, strict=True)])[:, None]
                 of_tokens = scores.gather(1, token)[:, 0].numpy()
@@ -154,7 +154,7 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: ModelConfig)
     Args:
         sampled: the rollout.
         prompt: int [prompts], lengths of the prompts.
-        config: of the network.
+        config: the config of the network.
     """
     rows, length = prompt[sampled.prompt], np.sum(sampled.valid, axis=1)
     _, first = np.unique(sampled.prompt, return_index=True)
@@ -170,8 +170,8 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: ModelConfig)
 
 def build_rollout(quick: bool) -> Workload:
     """A rollout in which every row zooms in twice."""
-    model, asked, config, key = zooming_model(quick), prompts(quick), rollout_config(quick), jax.random.key(0)
-    sampled = to_host(rollout(model, asked, key, config))
+    model, questions, config, key = zooming_model(quick), prompts(quick), rollout_config(quick), jax.random.key(0)
+    sampled = to_host(rollout(model, questions, key, config))
     executed = executed_calls(sampled)
     if not (executed == 2).all():
         raise ValueError(f"every row was to zoom in twice; rows did so {executed.tolist()} times")
@@ -181,7 +181,7 @@ def build_rollout(quick: bool) -> Workload:
     def ours():
         # A method of every jitted function, which the types of JAX leave out. The first call compiles again.
         compiled_rollout.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
-        return lambda: rollout(model, asked, key, config).logprobs
+        return lambda: rollout(model, questions, key, config).logprobs
 
     alternatives, aims = {"pixel_jax": ours}, ()
     if HAS_TORCH:
@@ -203,11 +203,11 @@ def build_rollout(quick: bool) -> Workload:
 
     length, steps = np.sum(sampled.valid, axis=1), int(np.sum(sampled.loss_mask, axis=1).max())
     return Workload(
-        f"{len(asked.length)} prompts x {config.group_size} rows, two zooms each; {tokens} tokens written, {read} in all, "
+        f"{len(questions.length)} prompts x {config.group_size} rows, two zooms each; {tokens} tokens written, {read} in all, "
         f"rows of {length.min()} to {length.max()}",
         alternatives,
         check,
-        flops={"pixel_jax": useful_flops(sampled, np.asarray(asked.length), model.config)},
+        flops={"pixel_jax": useful_flops(sampled, np.asarray(questions.length), model.config)},
         # The tokens of the longest row come one after the other, and each reads all weights.
         bytes=steps * array_bytes(model.language_model.layers, model.lm_head),
         aims=aims,
@@ -219,21 +219,21 @@ def build_rollout(quick: bool) -> Workload:
 
 def build_queue(quick: bool) -> Workload:
     """Rows that zoom in up to four times, most of them less often: in a queue, and in successive calls."""
-    model, asked, key = zooming_model(quick, answers=0.4), prompts(quick), jax.random.key(0)
-    batch, calls = len(asked.length), 2 if quick else 4
+    model, questions, key = zooming_model(quick, answers=0.4), prompts(quick), jax.random.key(0)
+    batch, calls = len(questions.length), 2 if quick else 4
     config = dataclasses.replace(rollout_config(quick), max_calls=4, max_response=128 if quick else 512)
     queued = dataclasses.replace(config, in_flight=batch // calls)
 
     def one_after_the_other():
         size = batch // calls
-        parts = [take_prompts(asked, slice(i * size, (i + 1) * size)) for i in range(calls)]
+        parts = [take_prompts(questions, slice(i * size, (i + 1) * size)) for i in range(calls)]
         return lambda: jnp.concatenate([rollout(model, part, key, config).logprobs for part in parts])
 
     alternatives = {
-        "pixel_jax": lambda: lambda: rollout(model, asked, key, queued).logprobs,
+        "pixel_jax": lambda: lambda: rollout(model, questions, key, queued).logprobs,
         f"pixel_jax, {calls} calls": one_after_the_other,
     }
-    sampled = to_host(rollout(model, asked, key, queued))
+    sampled = to_host(rollout(model, questions, key, queued))
     spread = np.bincount(executed_calls(sampled)).tolist()
     return Workload(
         f"{batch} prompts x {config.group_size} rows, {queued.in_flight} prompts at a time; rows with 0, 1, ... zooms: {spread}",

@@ -2,7 +2,7 @@
 
     python -m pixel_jax.bench.host_memory --rows 10000
 
-It goes through that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
+It processes that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
 would, batch by batch, and prints the peak of the process's memory. A few JPEG files have many names (hard links), so that they
 fit on a disk; each is opened and decoded under every name.
 
@@ -81,17 +81,17 @@ def write_data(folder: pathlib.Path, rows: int, height: int, width: int) -> path
 
 
 class Learning:
-    """What `training.rl` has in memory from iteration to iteration; defaults are the paper's."""
+    """The arrays that `training.rl` keeps in memory from iteration to iteration, with the paper's defaults."""
 
     def __init__(self, config: RolloutConfig, train_batch: int, devices: int):
         self.config, self.train_batch, self.devices = config, train_batch, devices
         self.replay, self.random = Replay(ReplayConfig(), 0), np.random.default_rng(0)
 
     def iteration(self, prompts: HostPrompts) -> None:
-        """Goes through one iteration: rollout, replay, updates."""
+        """Carries out one iteration: rollout, replay, updates."""
         config, count = self.config, len(prompts.length)
         shape = static_shape(prompts, config, None)
-        for part in np.array_split(np.arange(count), self.devices):  # as they go to the devices
+        for part in np.array_split(np.arange(count), self.devices):  # the shards that go to the devices
             assert len(pad(prompts.images[part], shape.prompts)) == len(part)
         trajectories = self.random_rows(prompts, shape)
         advantage = self.random.normal(size=count * config.group_size).astype(np.float32)
@@ -145,7 +145,7 @@ class Learning:
 
 
 def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: Any) -> tuple[Batches, int]:
-    """The batches that training would see, and how many are an epoch."""
+    """Makes the batches that training would read, and counts those of an epoch."""
     examples, report = read_examples(path, turns=phase == "sft")
     vocabulary = Vocabulary.of(build_tokenizer([system_prompt(), GUIDELINES["vcot"]]))
     token_tables, config = tables(vocabulary), RolloutConfig()
@@ -163,10 +163,10 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: Any) -> tu
         )
         print(packing, flush=True)
         return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.packed(0))) // batch)
-    asked = assign_shapes(
+    questions = assign_shapes(
         examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report
     )
-    data = question_batches(asked, vocabulary, token_tables, config, size=batch, seed=0, **reading)
+    data = question_batches(questions, vocabulary, token_tables, config, size=batch, seed=0, **reading)
     return data, -(-len(examples) // batch)
 
 
@@ -188,7 +188,7 @@ def main(arguments: list[str]) -> None:
             batch = next(data)
             if learning:
                 learning.iteration(batch[0])
-            del batch  # else its images would be there beside the next one's
+            del batch  # else its images would be in memory together with those of the next
             print(f"batch {i + 1} of {epoch}: {time.monotonic() - began:.0f} s, peak {peak():.2f} GB", flush=True)
         data.close()
 

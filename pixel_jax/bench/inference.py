@@ -136,12 +136,12 @@ def build_prefill(quick: bool) -> Workload:
 
 
 class Decoding(NamedTuple):
-    """Greedy decoding with all that a rollout does for a token: sampling, the automaton, the record."""
+    """The functions of greedy decoding with all that a rollout does for a token: sampling, automaton, record."""
 
     start: Callable  # (model, prompts) -> the arguments of `decode`, after the prefill
     decode: Callable  # (model, its layers unstacked, *start(model, prompts)) -> the rows' state, `steps` tokens later
     prompts: Prompts
-    bytes: float  # that are read at least: the weights for every token, and the cache as it grows
+    bytes: float  # least bytes that are read: the weights for every token, and the cache as it grows
 
     def prepare(self, model: LanguageModel) -> Callable[[], jax.Array]:
         """The run that is timed. It returns the rows' tokens."""
@@ -201,7 +201,7 @@ def build_decode(rows: int, quick: bool) -> Workload:
     alternatives: dict = {"pixel_jax": functools.partial(work.prepare, model)}
     if HAS_TORCH:
         alternatives["transformers generate"] = functools.partial(_generate, quick, tokens, steps, False)
-    if HAS_TORCH and not quick:  # to compile it takes half a minute
+    if HAS_TORCH and not quick:  # compilation takes half a minute
         alternatives["transformers generate, static cache, torch.compile"] = functools.partial(
             _generate, quick, tokens, steps, True
         )
@@ -218,7 +218,7 @@ def build_decode(rows: int, quick: bool) -> Workload:
 
 
 def _generate(quick: bool, tokens: np.ndarray, steps: int, static: bool):
-    """`generate` of transformers without the prefill: the cache is cut back to the prompt before every run."""
+    """Prepares `generate` of transformers without the prefill: the cache is cut back to the prompt before every run."""
     import torch
     from transformers import DynamicCache, StaticCache
 

@@ -1,4 +1,4 @@
-"""The peak memory of one alternative of a case, measured in a separate process.
+"""Measures the peak memory of one alternative of a case in a separate process.
 
     python -m pixel_jax.bench.memory MODULE CASE ALTERNATIVE [--quick]
 
@@ -60,10 +60,10 @@ def highest(run: Callable[[], object], before: int) -> int | None:
 
 
 def _resident(what: str) -> int:
-    """VmRSS (now) or VmHWM (highest), in bytes."""
-    found = re.search(rf"{what}:\s+(\d+)", STATUS.read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+    """Reads VmRSS (now) or VmHWM (highest), in bytes."""
+    matched = re.search(rf"{what}:\s+(\d+)", STATUS.read_text())
+    assert matched is not None
+    return 1024 * int(matched[1])
 
 
 def array_bytes(*trees) -> int:

@@ -120,12 +120,12 @@ def rollout_config(quick: bool) -> RolloutConfig:
 
 
 def images(count: int, height: int, width: int) -> np.ndarray:
-    """Random images, uint8 [count, height, width, 3]."""
+    """Draws random images, uint8 [count, height, width, 3]."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
 def text_tokens(*shape: int) -> np.ndarray:
-    """Tokens of random letters, int32."""
+    """Draws tokens of random letters, int32 [*shape]."""
     letters = vocabulary().encode("abcdefghijklmnopqrstuvwxyz")
     return np.random.default_rng(0).choice(letters, shape).astype(np.int32)
 

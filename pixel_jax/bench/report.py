@@ -26,7 +26,7 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
         out: the record, written after every case. Cases that it already holds and that are not measured now stay in it.
 
     Raises:
-        ValueError: there is no case of a name.
+        ValueError: a name in `only` is of no case.
     """
     cases = {case.name: case for case in importlib.import_module(module).CASES}
     unknown = sorted(set(only) - set(cases))

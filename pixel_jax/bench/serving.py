@@ -5,7 +5,8 @@
 Both answer the same questions, each about an image of its own, greedily and with the same number of tokens at most. The server is
 asked over HTTP by many clients at a time; the loop takes one question after the other, as a server around `generate` does. No
 tool is called, which `generate` could not answer. Answers of both are compared before anything is said about speed. The loop
-is spared HTTP and the decoding of PNGs, has all cores, and is not batched; a server that batches `generate` would be between.
+is spared HTTP and the decoding of PNGs, has all cores, and is not batched; a server that batches `generate` would lie between
+the two.
 """
 
 import base64
@@ -55,7 +56,7 @@ QUESTION = "Which digit is on card {}?"
 
 
 class TimedAnswers(NamedTuple):
-    """What one side made of all questions."""
+    """The answers of one side to all questions, and the time that they took."""
 
     texts: list[str]
     seconds: float
@@ -158,8 +159,8 @@ def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndar
     processor = Processor(words.tokenizer, min_pixels=28**2, max_pixels=speaker.config.max_pixels)
 
     def ask(number: int) -> str:
-        asked = Message("user", (images[number], QUESTION.format(number)))
-        ids = torch.tensor([prompt_of([asked], speaker).ids])
+        message = Message("user", (images[number], QUESTION.format(number)))
+        ids = torch.tensor([prompt_of([message], speaker).ids])
         pixels, grid = processor.patches([images[number]])
         with torch.inference_mode():
             written = twin.generate(  # pyright: ignore[reportAttributeAccessIssue]: the stubs miss what the class mixes in

@@ -14,19 +14,19 @@ from pixel_jax.models.io import forward, patched
 from pixel_jax.models.model import Model
 from pixel_jax.models.processor import VISION_END, VISION_START, Processor
 
-TOKENS = 256  # of a picture, at most: a large one takes long and shows no more
+TOKENS = 256  # most tokens of a picture: a larger one takes longer and shows no more
 SHIFT = 3  # tokens of padding on one side or the other
-CLEAR = 10  # times the rounding: a move that is more
-FAINT = 1e-3  # of the size of words' embeddings: features of a projector that nobody has trained
+CLEAR = 10  # times the rounding: a larger change is caused by the picture
+FAINT = 1e-3  # of the size of words' embeddings: smaller features are those of an untrained projector
 
 
 class Sight(NamedTuple):
-    """What greying a picture changes. Log-probabilities are in nats, the largest change among the tokens of the answer."""
+    """The changes that greying a picture makes, of log-probabilities in nats, the largest among the tokens of the answer."""
 
-    moved: float  # by the grey picture
-    rounding: float  # by padding on the other side, which changes nothing but the order of sums
-    changed: float  # of the picture's features, relative to the largest
-    size: float  # of the features, root mean square, relative to that of the embeddings of words
+    moved: float  # change of log-probabilities by the grey picture
+    rounding: float  # change of log-probabilities by padding on the other side, which reorders sums
+    changed: float  # largest change of the picture's features, relative to the largest feature
+    size: float  # root mean square of the features, relative to that of the embeddings of words
 
     @property
     def sees(self) -> bool:
@@ -35,7 +35,7 @@ class Sight(NamedTuple):
 
     @property
     def cause(self) -> str:
-        """What may be wrong with a model that does not see, by how far its features got."""
+        """The likely fault of a model that does not see, judged by its features."""
         if self.size == 0:
             return (
                 "the features of the picture are all zero: the last weights of the vision tower (merger, projector) are zero, "
@@ -61,11 +61,11 @@ def measure_sight(model: Model, processor: Processor, image: np.ndarray, questio
     """Asks the model about a picture and about its mean colour, in one call of `pixel_jax.forward`.
 
     Args:
-        model: with a vision tower.
-        processor: of the model.
+        model: a model with a vision tower.
+        processor: the processor of the model.
         image: uint8 [h, w, 3], of more than one colour.
-        question: about it.
-        answer: whose log-probabilities are compared.
+        question: a question about it.
+        answer: the text whose log-probabilities are compared.
 
     Raises:
         ValueError: the model has no vision tower, or the image is of one colour.
@@ -83,31 +83,31 @@ def measure_sight(model: Model, processor: Processor, image: np.ndarray, questio
         min_pixels=vision.factor**2,
         max_pixels=TOKENS * vision.factor**2,
     )
-    known = processor.tokenizer.get_vocab()
-    marks = (VISION_START, VISION_END) if {VISION_START, VISION_END} <= known.keys() else ("", "\n")
-    asked = small(f"{marks[0]}{placeholder}{marks[1]}{question}\n", images=[image])
+    vocabulary = processor.tokenizer.get_vocab()
+    marks = (VISION_START, VISION_END) if {VISION_START, VISION_END} <= vocabulary.keys() else ("", "\n")
+    prompt = small(f"{marks[0]}{placeholder}{marks[1]}{question}\n", images=[image])
     grey_pixels = small(placeholder, images=[grey])["pixel_values"]
     written = processor.tokenizer.encode(answer, add_special_tokens=False)
-    row = np.concatenate([asked["input_ids"][0], np.array(written, np.int32)])
+    row = np.concatenate([prompt["input_ids"][0], np.array(written, np.int32)])
     left, right = np.pad(row, (SHIFT, 0)), np.pad(row, (0, SHIFT))
     ones = np.ones(len(row), np.int32)
     inputs = {
         "input_ids": np.stack([right, right, left]),
         "attention_mask": np.stack([np.pad(ones, (0, SHIFT))] * 2 + [np.pad(ones, (SHIFT, 0))]),
-        "pixel_values": np.concatenate([asked["pixel_values"], grey_pixels, asked["pixel_values"]]),
+        "pixel_values": np.concatenate([prompt["pixel_values"], grey_pixels, prompt["pixel_values"]]),
     }
-    if "image_grid_thw" in asked:
-        inputs["image_grid_thw"] = np.tile(asked["image_grid_thw"], (3, 1))
+    if "image_grid_thw" in prompt:
+        inputs["image_grid_thw"] = np.tile(prompt["image_grid_thw"], (3, 1))
     logits = forward(model, **inputs)
     first, last = len(row) - len(written) - 1, len(row) - 1
     at = lambda i, start: _logprobs(logits[i, start + first : start + last], np.array(written))
-    seen, blank, shifted = at(0, 0), at(1, 0), at(2, SHIFT)
+    original, blank, shifted = at(0, 0), at(1, 0), at(2, SHIFT)
     features = _features(model, inputs["pixel_values"][: 2 * len(grey_pixels)], inputs.get("image_grid_thw"))
     size = float(np.sqrt(np.mean(features[0] ** 2)))
     words = np.asarray(model.embed(row[None, -len(written) :])[..., : model.config.text.hidden_size], np.float32)
     return Sight(
-        moved=float(np.abs(seen - blank).max()),
-        rounding=max(float(np.abs(seen - shifted).max()), float(jnp.finfo(model.dtype).eps)),
+        moved=float(np.abs(original - blank).max()),
+        rounding=max(float(np.abs(original - shifted).max()), float(jnp.finfo(model.dtype).eps)),
         changed=float(np.abs(features[0] - features[1]).max() / max(np.abs(features[0]).max(), 1e-30)),
         size=size / max(float(np.sqrt(np.mean(words**2))), 1e-30),
     )

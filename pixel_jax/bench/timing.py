@@ -1,4 +1,4 @@
-"""Measurement of a bench: alternatives run in turns, so that other load of the machine affects all of them alike.
+"""Measures the cases of a bench: alternatives run in turns, so that other load of the machine affects all of them alike.
 
 A `Case` builds a `Workload`, which holds the alternatives, ours first. `measure` calls every alternative once (compilations are
 counted), compares their outputs, then runs them in turns. A ratio is the median over rounds of (other's time / ours): above 1,
@@ -47,14 +47,13 @@ class Workload:
     shapes: str  # description of the work
     alternatives: Mapping[str, Callable[[], Run]]  # the first is ours
     check: Callable[[Mapping[str, Any]], None]  # raises where the outputs (by name) differ
-    flops: float | Mapping[str, float] | None = (
-        None  # of one run (`models.flops`); by name where the alternatives differ
-    )
+    # FLOPs of one run (`models.flops`); by name where the alternatives differ.
+    flops: float | Mapping[str, float] | None = None
     bytes: float | None = None  # the least that one run moves
     aims: tuple[Aim, ...] = ()
     memory: tuple[str, ...] | None = None  # alternatives whose peak memory is measured; None: ours
-    cores: int | None = None  # that the alternatives may use; None: all of the process
-    rounds: int = 5  # at least
+    cores: int | None = None  # cores that the alternatives may use; None: all of the process
+    rounds: int = 5  # least number of rounds
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the record
 
 

@@ -88,7 +88,7 @@ def work_of(batch: Batch[Visual], config: ModelConfig) -> Work:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """AdamW with clipped gradients."""
+    """Makes AdamW with clipped gradients."""
     return optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, weight_decay=0.0))
 
 
@@ -115,7 +115,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(self.twin.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def logprobs(self):
-        """Log-probabilities float32 [R, L], zero at the first token."""
+        """Computes log-probabilities float32 [R, L], zero at the first token."""
         logits = self.twin(**self.inputs).logits[:, :-1]
         logprobs = -self.torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), self.ids[:, 1:].flatten(), reduction="none"
@@ -123,12 +123,12 @@ class TorchStep:
         return self.torch.nn.functional.pad(logprobs.view(len(self.ids), -1), (1, 0))
 
     def scores(self) -> np.ndarray:
-        """Log-probabilities float32 [R, L] of the tokens that carry loss, zero elsewhere."""
+        """Computes log-probabilities float32 [R, L] of the tokens that carry loss, zero elsewhere."""
         with self.torch.no_grad():
             return self.torch.where(self.loss_mask, self.logprobs(), 0.0).numpy()
 
     def update(self, loss) -> np.ndarray:
-        """One step of the optimizer; returns the loss and the norm of the gradient."""
+        """Does one step of the optimizer; returns the loss and the norm of the gradient."""
         self.optimizer.zero_grad()
         loss.backward()
         norm = self.torch.nn.utils.clip_grad_norm_(self.twin.parameters(), CLIP)
@@ -136,11 +136,11 @@ class TorchStep:
         return np.array([loss.item(), norm.item()])
 
     def sft(self) -> np.ndarray:
-        """One step of instruction tuning."""
+        """Does one step of instruction tuning."""
         return self.update(-self.logprobs()[self.loss_mask].mean())
 
     def rl(self) -> np.ndarray:
-        """One update of reinforcement learning, with the scores before it."""
+        """Does one update of reinforcement learning, after the scores of its rows."""
         old = self.torch.from_numpy(self.scores())
         config = PolicyLossConfig()
         ratio = self.torch.where(self.loss_mask, self.logprobs() - old, 0.0).exp()
@@ -160,9 +160,8 @@ def trl_sft(model, batch: Batch[Visual]) -> Run:
     from trl import SFTConfig, SFTTrainer
 
     step = TorchStep(model, batch)
-    rows = Dataset.from_dict(
-        {"input_ids": batch.tokens.tolist()}
-    )  # the trainer requires a data set, although it is not run
+    # The trainer requires a data set, although it is not run.
+    rows = Dataset.from_dict({"input_ids": batch.tokens.tolist()})
     settings = SFTConfig(max_length=None, **_trl_settings())
     trainer = SFTTrainer(step.twin, settings, train_dataset=rows, processing_class=vocabulary().tokenizer)
     inputs = step.inputs | {"labels": step.torch.where(step.loss_mask, step.ids, -100)}
@@ -193,14 +192,14 @@ def trl_rl(model, batch: Batch[Visual]) -> Run:
     )
     prompt = int(np.argmax(batch.loss_mask[0]))  # in every row the last tokens carry loss
     ids, mask = step.ids, step.inputs["attention_mask"]
-    seen = {name: step.inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-    seen["num_images"] = [1] * rows
-    inputs = {"prompt_ids": ids[:, :prompt], "prompt_mask": mask[:, :prompt], "advantages": step.advantage} | seen
+    visual = {name: step.inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    visual["num_images"] = [1] * rows
+    inputs = {"prompt_ids": ids[:, :prompt], "prompt_mask": mask[:, :prompt], "advantages": step.advantage} | visual
     inputs |= {"completion_ids": ids[:, prompt:], "completion_mask": mask[:, prompt:]}
 
     def run():
         with step.torch.no_grad():
-            old, *_ = trainer._get_per_token_logps_and_entropies(step.twin, ids, mask, ids.shape[1] - prompt, **seen)
+            old, *_ = trainer._get_per_token_logps_and_entropies(step.twin, ids, mask, ids.shape[1] - prompt, **visual)
         return step.update(trainer._compute_loss(step.twin, inputs | {"old_per_token_logps": old}))
 
     return run
@@ -240,8 +239,8 @@ def _update(name: str, quick: bool) -> Workload:
         state = [init_state(model, optimizer())]
 
         def run():
-            seen = batch._replace(old_logprobs=score(state[0].model, batch)[0]) if scored else batch
-            state[0], report = step(state[0], seen)
+            scored_batch = batch._replace(old_logprobs=score(state[0].model, batch)[0]) if scored else batch
+            state[0], report = step(state[0], scored_batch)
             return jnp.stack([report.metrics["loss"], report.metrics["grad_norm"]])
 
         return run

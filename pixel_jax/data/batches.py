@@ -1,7 +1,7 @@
-"""Rows and batches, read ahead by Grain: for training an endless order of rows, of which every process takes its shard.
+"""Batches of rows, read ahead by Grain. For training the order of rows is endless, and every process takes its shard.
 
-What batch k holds follows from the order alone. So the state of a run is the number of batches it has read: it may resume
-with another number of processes, and all processes together read what one would.
+The rows of batch k depend on the order alone. So the state of a run is the number of batches that it has read: it may resume
+with another number of processes, and all processes together read the rows that a single one would read.
 """
 
 import itertools
@@ -53,10 +53,10 @@ def stack(rows: Iterator[T], count: int, enlarge: Callable[[T], T] = lambda like
     """Stacks `count` rows, trees of arrays [1, ...], to one tree of arrays [count, ...].
 
     Args:
-        rows: read one at a time, and freed as soon as they are copied.
-        count: how many are read.
-        enlarge: from the shapes of the batch by its first row, a tree of `jax.ShapeDtypeStruct`, to those of its arrays; what no
-            row fills is zero.
+        rows: are read one at a time, and each is freed as soon as it is copied.
+        count: number of rows to read.
+        enlarge: maps the shapes of the batch that follow from its first row, a tree of `jax.ShapeDtypeStruct`, to larger ones;
+            elements that no row fills are zero.
     """
     first = next(rows)
     like = enlarge(jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), first))
@@ -87,7 +87,7 @@ class Batches:
         threads: int = 16,
         ahead: int = 32,
     ):
-        """`same`: the numbers that the order is drawn from; `set_state` refuses a state with others."""
+        """`same`: numbers that determine the order, such as a seed; `set_state` refuses a state in which they differ."""
         self.order = order
         self.keys = ProcessRows(order, size, process_index, process_count)
         self.own = size // process_count
@@ -114,11 +114,11 @@ class Batches:
         self.iterator = None
 
     def get_state(self) -> dict[str, int]:
-        """The number of batches read, and what the order is drawn from."""
+        """Returns the number of batches read, and the numbers that determine the order."""
         return {"position": self.position, **self.same}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Resumes at a state of `get_state`. ValueError: its order is another one."""
+        """Resumes at a state of `get_state`. ValueError: the state belongs to another order."""
         for name, value in self.same.items():
             if state.get(name) != value:
                 raise ValueError(f"the checkpoint was made with {state.get(name)} for {name}, now it is {value}")

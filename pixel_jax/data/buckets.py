@@ -1,6 +1,7 @@
-"""Endless orders of rows. Of rows in buckets, each of one static shape, all rows of a batch come from one bucket.
+"""Endless random orders of rows.
 
-Every epoch has each row once. The rows of an epoch that do not fill a batch begin the next epoch.
+Rows may be grouped into buckets, each of one static shape: then all rows of a batch come from one bucket. Every epoch has each
+row once. Rows that do not fill a batch at the end of an epoch come first in the next.
 """
 
 import bisect
@@ -12,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 T = TypeVar("T")
-Buckets = list[list[T]]  # by bucket, its rows
+Buckets = list[list[T]]  # the rows of each bucket
 ENDLESS = 1 << 48
 
 
@@ -24,9 +25,9 @@ def check_position(position: Any) -> int:
 
 
 class ShuffledRows:
-    """The endless order of the numbers below `count`: each epoch has them all, as (seed, epoch) shuffles them.
+    """An endless order of the numbers below `count`: every epoch is a permutation, drawn from (seed, epoch).
 
-    A batch may have the end of an epoch and the beginning of the next.
+    A batch may span two epochs.
     """
 
     def __init__(self, count: int, seed: int):
@@ -39,14 +40,14 @@ class ShuffledRows:
 
 
 class BucketOrder(Generic[T]):
-    """The row at every position, in batches of `size`. Several threads may index it."""
+    """An endless order in which each batch of `size` rows comes from one bucket. Several threads may index it."""
 
     def __init__(self, rows: Callable[[int], Buckets], size: int, seed: int):
-        """`rows`: epoch -> its rows by bucket, in an order that follows from the epoch alone."""
+        """`rows`: a function from an epoch to its rows by bucket, in an order that depends on the epoch alone."""
         self.rows, self.size, self.seed = rows, size, seed
         self.lock = threading.Lock()
         self.starts = [0]  # first batch of every epoch seen so far, and of the next
-        self.left: list[Buckets] = [[[] for _ in rows(0)]]  # of each epoch, the rows that the one before it left
+        self.left: list[Buckets] = [[[] for _ in rows(0)]]  # by epoch, the rows that the one before it left over
         self.cache: dict[int, list[list[T]]] = {}  # the batches of two epochs: threads read ahead
 
     def __getitem__(self, position: int) -> T:
@@ -67,7 +68,7 @@ class BucketOrder(Generic[T]):
             self.starts.append(self.starts[-1] + len(batches))
 
     def epoch(self, epoch: int, left: Buckets) -> tuple[list[list[T]], Buckets]:
-        """The batches of an epoch, which begins with the rows `left`, and the rows that it leaves to the next one."""
+        """Returns the batches of an epoch, which begins with the rows `left` of the one before, and the rows that fill none."""
         batches, rest = [], []
         for before, rows in zip(left, self.rows(epoch), strict=True):
             rows = [*before, *rows]
@@ -79,7 +80,7 @@ class BucketOrder(Generic[T]):
 
 
 def shuffled(buckets: Sequence[Sequence[int]], size: int, seed: int) -> BucketOrder[int]:
-    """The endless order of the numbers in `buckets`: epoch e draws theirs from (seed, e)."""
+    """Makes the endless order of the numbers in `buckets`; the order of epoch e is drawn from (seed, e)."""
 
     def rows(epoch: int) -> Buckets:
         random = np.random.default_rng([seed, epoch])

@@ -1,8 +1,8 @@
 """Reads video files: frames spread evenly over the whole, as a player shows them.
 
 ffmpeg's libraries decode: packets that an edit list hides are not shown, the picture is turned by the display matrix and
-stretched where its pixels are not square, and colours follow the matrix and range that the file names. An `ImageWarning` says
-what of a file is not followed.
+stretched where its pixels are not square, and colours follow the matrix and range that the file names. An `ImageWarning`
+names properties of a file that are ignored.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from pixel_jax.data.limits import limits, reserve_decoding
 from pixel_jax.files import open_regular
 from pixel_jax.pictures import ImageError, announce
 
-FRAMES = 16  # of a video (Pixel Reasoner §3); fewer if it has fewer
+FRAMES = 16  # frames taken of a video (Pixel Reasoner §3), or all if it has fewer
 MAX_PACKETS = 1 << 18  # an hour and more at sixty frames a second
-COUNTED = 4  # times the frames that are taken: a clip of fewer packets is decoded to count its frames
-DECODER_FRAMES = 24  # that a decoder keeps at most: 16 to refer to, and some in work and in conversion (measured: 21)
+COUNTED = 4  # packets for each frame that is taken: a clip with no more of them is decoded to count its frames
+DECODER_FRAMES = 24  # most frames in a decoder: 16 references, and some being decoded or converted (measured: 21)
 
-HDR = {16: "PQ", 18: "HLG"}  # transfer functions (ITU-T H.273) of more light than a picture of 8 bits can show
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions (ITU-T H.273) of high dynamic range, which 8 bits cannot show
 
 
 def is_clip(head: bytes) -> bool:
@@ -38,20 +38,20 @@ def read_video(path: str | os.PathLike, frames: int = FRAMES, *, fps: float | No
     """Reads frames of a video file, evenly spread over it, as a player shows them.
 
     Args:
-      path: of a local file (MP4, QuickTime, Matroska, WebM or AVI).
-      frames: how many; all, if it has fewer.
-      fps: how many of a second: those that a player shows at these times, whatever the file's own rate is and however it varies;
-        fewer, evenly spread over the time, if they were more than `frames`. None: the number alone counts, whatever the times.
+      path: the path of a local file (MP4, QuickTime, Matroska, WebM or AVI).
+      frames: the most frames to return.
+      fps: frames a second: those that a player shows at equal steps of time, whatever the rate of the file. If there would be
+        more than `frames`, the steps are longer. None: `frames` frames, evenly spread by their number, whatever their times.
 
     Returns:
-      uint8 [frames, height, width, 3], RGB, and the seconds from one frame to the next (for `Processor`, `fps=1 / seconds`;
-      for a prompt, whose `seconds` are those that two frames cover, twice as many).
+      uint8 [frames, height, width, 3], RGB, and the seconds from one frame to the next. `Processor` takes
+      `fps=1 / seconds`; `Query.seconds`, the time that two frames cover, is twice as long.
 
     Raises:
-      ImageError: no video, too large, too long, or nothing of it can be decoded.
+      ImageError: the file is no video, is too large or too long, or has no frame that can be decoded.
 
     Warns:
-      ImageWarning: something of it is lost, or not followed.
+      ImageWarning: some packets cannot be decoded, or a property of the file is ignored.
     """
     if frames < 1:
         raise ValueError(f"frames must be positive, not {frames}")
@@ -63,17 +63,21 @@ def read_video(path: str | os.PathLike, frames: int = FRAMES, *, fps: float | No
 
 
 def _at_times(file: BinaryIO, name: str, frames: int, fps: float) -> tuple[np.ndarray, float]:
-    """The frames that are seen at equal steps of time, `fps` a second, or fewer so that there are no more than `frames`."""
+    """Reads the frames that are visible at equal steps of time, `fps` a second, or fewer so that there are at most `frames`."""
     with VideoFile(file, name, frames) as clip:
         step = max(1 / fps, clip.seconds / frames)
-        # The last bits of a quotient must not make one of two frames.
+        # Rounding of the quotient must not add a frame.
         times = step * np.arange(max(1, min(frames, math.ceil(clip.seconds / step - 1e-6))))
-        seen = lambda count: np.searchsorted(clip.times[:count], times + 1e-6, side="right") - 1
-        return clip.show(lambda count: np.maximum(seen(count), 0).tolist()), step
+
+        def visible(count: int) -> list[int]:
+            indices = np.searchsorted(clip.times[:count], times + 1e-6, side="right") - 1
+            return np.maximum(indices, 0).tolist()
+
+        return clip.show(visible), step
 
 
 def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.ndarray, float]:
-    """`read_video` of an open file, which errors and warnings call `name`."""
+    """Reads an open file as `read_video` does; errors and warnings call it `name`."""
     with VideoFile(file, name, frames) as clip:
         promised = min(clip.count, frames)
         shown = clip.show(lambda count: spread(count, frames))
@@ -83,28 +87,28 @@ def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.nda
 
 
 def clip_size(file: BinaryIO, name: str) -> list[tuple[int, int]]:
-    """(height, width) of every frame that `read_frames` would return."""
+    """Reads the (height, width) of every frame that `read_frames` would return."""
     with VideoFile(file, name) as clip:
         return [clip.size] * min(clip.count, FRAMES)
 
 
 def spread(count: int, frames: int = FRAMES) -> list[int]:
-    """The numbers of the frames that are shown of `count`."""
+    """Returns the indices of at most `frames` of `count` frames, evenly spread."""
     return np.linspace(0, count - 1, min(count, frames)).round().astype(int).tolist()
 
 
 class VideoFile:
-    """An open video file. Nothing is decoded before memory for `frames` frames is reserved.
+    """An open video file, for a `with` statement, which reserves memory for `frames` frames before it decodes.
 
     Attributes:
         size: (height, width) of its frames, as shown.
-        count: of its frames; of a long clip those that the container promises, until `show` has decoded fewer.
+        count: number of frames; of a long clip the number that the container states, until `show` has decoded fewer.
         rate: frames a second, on average; 0: the file does not say.
         seconds: its length; half a second a frame if the file does not say.
-        times: when each frame begins to be seen, in seconds from the first one, float64 [count].
+        times: when each frame appears, in seconds after the first one, float64 [count].
 
     Raises:
-        ImageError: it is no video, is too large or too long, or nothing of it can be decoded.
+        ImageError: the file is no video, is too large or too long, or has no frame that can be decoded.
     """
 
     def __init__(self, file: BinaryIO, name: str, frames: int = FRAMES):
@@ -115,7 +119,7 @@ class VideoFile:
         try:
             import av.filter  # noqa: F401
         except ImportError:
-            # No ImageError: nothing is wrong with the video, so it must not be left out as a bad one.
+            # This is no ImageError, because nothing is wrong with the video: it must not be dropped as a bad row.
             raise ValueError(f"{self.name} is a video file: `pip install av` to read it") from None
 
         self.container = container_of(self.file.read(16))
@@ -132,10 +136,10 @@ class VideoFile:
             self._picture = _Picture(first, self.shape, self.name)
             self.size = self._picture.pixels(first).shape[:2]
             if self.count <= COUNTED * self._frames:
-                seen = [first.time, *(frame.time for frame in decoded)]
-                self._found(len(seen))
-                if None not in seen and self._timed:
-                    self.times = np.array(seen) - seen[0]
+                frame_times = [first.time, *(frame.time for frame in decoded)]
+                self._found(len(frame_times))
+                if None not in frame_times and self._timed:
+                    self.times = np.array(frame_times) - frame_times[0]
             decoded.close()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -144,16 +148,16 @@ class VideoFile:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._reserved.close()
-        if isinstance(error, Exception) and not isinstance(error, ImageError):  # a decoder's own, of every kind
-            said = getattr(error, "strerror", None) or error  # PyAV's own text has a number and a descriptor
-            raise ImageError(f"{self.name} cannot be read: {said}") from error
+        if isinstance(error, Exception) and not isinstance(error, ImageError):  # decoders raise errors of many types
+            reason = getattr(error, "strerror", None) or error  # PyAV's own text has a number and a descriptor
+            raise ImageError(f"{self.name} cannot be read: {reason}") from error
 
     def show(self, choose: Callable[[int], list[int]]) -> np.ndarray:
         """Decodes the frames that `choose` picks.
 
         Args:
-            choose: from the count of frames to the numbers of those that are shown. It is called again if fewer frames can be
-                decoded than the container promises.
+            choose: maps the number of frames to the indices of those to return. It is called again if fewer frames can be
+                decoded than the container states.
 
         Returns:
             uint8 [n, h, w, 3].
@@ -161,15 +165,15 @@ class VideoFile:
         while True:
             chosen = np.array(choose(self.count))
             shown = np.empty((len(chosen), *self.size, 3), np.uint8)
-            seen = 0
+            count = 0
             with contextlib.closing(self._decoded()) as decoded:
-                for seen, frame in enumerate(decoded, 1):
-                    matches = chosen == seen - 1
+                for count, frame in enumerate(decoded, 1):
+                    matches = chosen == count - 1
                     if matches.any():
                         shown[matches] = self._picture.pixels(frame)
-                    if seen > chosen.max():
+                    if count > chosen.max():
                         return shown
-            self._found(seen)
+            self._found(count)
 
     def _found(self, count: int) -> None:
         """Sets the count of frames that can be decoded, whatever the container says."""
@@ -184,7 +188,7 @@ class VideoFile:
 
         self.file.seek(0)
         most = {"max_pixels": str(self._most)}
-        # Titles in another encoding are no reason to refuse a picture; PyAV 19 thinks so, too.
+        # Metadata in another encoding is no reason to refuse a video. PyAV 19 and later do not refuse it by default.
         titles: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
         with av.open(self.file, format=self.container, options=most, **titles) as container:
             stream = container.streams.best("video")
@@ -192,7 +196,7 @@ class VideoFile:
                 raise ImageError(f"{self.name} has no video in it")
             if stream.codec_context is None:
                 raise ImageError(f"{self.name} has a video of a codec that is not known")
-            stream.thread_type = "NONE"  # frames come from threads of our own
+            stream.thread_type = "NONE"  # several files are decoded at once, in the callers' threads
             stream.codec_context.thread_count = 1
             stream.codec_context.options = most
             yield container, stream
@@ -205,7 +209,7 @@ class VideoFile:
         if not 0 < min(codec.width, codec.height):
             raise ImageError(f"{self.name} does not say how large its frames are")
         limits().check(codec.width, codec.height, self.name)
-        # The frames that are stretched to square pixels count, too.
+        # The limits hold also for frames that are stretched to square pixels.
         self.shape = _square(codec.width, codec.height, stream.sample_aspect_ratio)
         limits().check(*self.shape, self.name)
         self.count, times = 0, []
@@ -223,22 +227,22 @@ class VideoFile:
         self.rate = float(stream.average_rate or 0)
         self._timed = len(times) == self.count and max(times) > min(times)
         if self._timed:
-            # What the container says of itself may be about hidden frames, too, or about the ticks of its clock.
-            seen = (self.count - 1) / float((max(times) - min(times)) * stream.time_base)
-            self.rate = self.rate if math.isclose(self.rate, seen, rel_tol=0.01) else seen
+            # The rate that the container states may count hidden frames, or the ticks of its clock.
+            measured = (self.count - 1) / float((max(times) - min(times)) * stream.time_base)
+            self.rate = self.rate if math.isclose(self.rate, measured, rel_tol=0.01) else measured
         self.seconds = self.count / (self.rate or 2)
         self.times = np.arange(self.count) / (self.rate or 2)
         if self._timed:
-            shown = np.sort(times) * float(stream.time_base)
-            self.times = shown - shown[0]
+            shown_at = np.sort(times) * float(stream.time_base)
+            self.times = shown_at - shown_at[0]
         whole = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
         if self.seconds < min(0.9 * whole, whole - 1):
             announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
         bits = av.VideoFormat(codec.pix_fmt).padded_bits_per_pixel if codec.pix_fmt else 48
-        # Decoders round up and add borders. Frames that grow later in the file are refused.
+        # Decoders round sizes up and add borders. A file whose frames grow later is refused.
         self._most = (codec.width + 256) * max(codec.height + 128, 280)
-        shown = (min(self._frames, self.count) + 3) * 3 * math.prod(self.shape)
-        self._reserved.enter_context(reserve_decoding(DECODER_FRAMES * self._most * bits // 8 + shown, self.name))
+        frame_bytes = (min(self._frames, self.count) + 3) * 3 * math.prod(self.shape)
+        self._reserved.enter_context(reserve_decoding(DECODER_FRAMES * self._most * bits // 8 + frame_bytes, self.name))
 
     def _decoded(self) -> Generator[Any, None, None]:
         """Decodes every frame that can be decoded, in the order in which they are shown."""
@@ -263,7 +267,7 @@ class VideoFile:
 
 
 def _square(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
-    """(width, height) of a frame whose pixels have this aspect ratio, in square pixels: as high as it was."""
+    """Returns the (width, height) in square pixels of a frame whose pixels have this aspect ratio; the height stays."""
     return (max(1, int(width * aspect)) if aspect else width, height)
 
 
@@ -333,16 +337,17 @@ def _turns(frame) -> list[tuple[str, str]]:
 
 
 class Span(NamedTuple):
-    """The frames of a video that MVBench shows: so many, evenly spread over a part of it."""
+    """The frames of a video that a question of MVBench shows, evenly spread over a part of it."""
 
     bound: tuple[float, float] | None = None  # start and end of the part in seconds; None: the whole video
     frames: int = 16
 
 
 def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, count: int, first: int = 0) -> list[int]:
-    """The middles of `count` equal stretches of a video with frames `first` to `last` at `rate` a second.
+    """Returns the middle frames of `count` equal stretches of a video with frames `first` to `last` at `rate` a second.
 
-    `bound` are the seconds that the stretches lie between. The arithmetic, rounding included, is that of MVBench's released code.
+    `bound` has the start and the end of the part that is divided, in seconds; None: the whole video. The
+    arithmetic, rounding included, is that of MVBench's released code.
     """
     start, end = bound or (-1e5, 1e5)
     begin, finish = max(first, round(start * rate)), min(round(end * rate), last)
@@ -352,7 +357,7 @@ def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, cou
 
 
 def clip_frame_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) of a video file, or of the first frame of a folder of frames."""
+    """Reads the (height, width) of a video file, or of the first frame of a folder of frames."""
     path = pathlib.Path(path)
     if path.is_dir():
         return image_size(_listed_frames(path)[0])
@@ -366,10 +371,10 @@ def load_clip(
     *,
     folder_rate: float = 3.0,
 ) -> list[np.ndarray]:
-    """The frames of a span, uint8 [h, w, 3] each, of a video file or of a folder of frames (TVQA's, `folder_rate` a second).
+    """Reads the frames of a span, uint8 [h, w, 3] each, of a video file or a folder (as TVQA's, `folder_rate` a second).
 
     Raises:
-        ImageError: there is no video and no frame, or a broken one.
+        ImageError: the video or a frame is broken, or the folder has no frames.
     """
     bound, count = span
     path = pathlib.Path(path)

@@ -1,4 +1,4 @@
-"""Digests (SHA-256) of content: equal rows, answers and pictures are the same data, wherever they lie."""
+"""Digests (SHA-256) of content, by which equal rows, answers and pictures are recognised wherever their files are."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from pixel_jax.files import FileError, open_regular
 from pixel_jax.state_files import read_note, write_json
 
 UNREADABLE = "unreadable"  # stands for the digest of a file that cannot be read
-SETTLED = 2.0  # seconds after a change of a file, from which on another change is sure to change its times
+SETTLED = 2.0  # seconds: a digest is cached if the file is older, so that another change is sure to change its times
 PIECE = 2**22  # bytes read at a time
 DIGITS = 32  # of a digest, hexadecimal: 128 bits
 NAMES = {"id"}  # fields that name a row and say nothing about its content
@@ -47,7 +47,7 @@ class Digests:
         return self._of(os.path.abspath(path), pathlib.Path(path), lambda: _file_digest(path))
 
     def source(self, source: Source) -> str:
-        """The digest of an encoded picture or video. That of a record is made of its folder's and its number."""
+        """The digest of an encoded picture or video. That of a record combines the digest of its folder and its number."""
         if isinstance(source, Member):
             name = f"{os.path.abspath(source.archive)}:{source.name}"
             return self._of(name, source.archive, lambda: _digest(read_bytes(source)))
@@ -101,7 +101,7 @@ def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str
 
     Args:
         rows: `Example`s. Their ids are left out: they may be names of files.
-        digests: of their pictures; None leaves these out.
+        digests: computes the digests of pictures; None leaves pictures out.
     """
     columns: dict[str, Any] = {"count": len(rows)}
     for field in rows[0]._fields if rows else ():
@@ -117,12 +117,12 @@ def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str
 
 
 def digest_example(row: Any) -> str:
-    """The digest of what an `Example` says, without its pictures and its id."""
+    """Digests an `Example` without its pictures and its id."""
     return _digest(json.dumps([getattr(row, name) for name in SAID]).encode())
 
 
 def digest_sources(sources: Sequence[Sequence[Source]], digests: Digests) -> list[list[str]]:
-    """The digest of each picture of every row."""
+    """Digests each picture of every row."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda row: [digests.source(source) for source in row], sources))
 
@@ -141,7 +141,7 @@ def digest_model(directory: str | os.PathLike, digests: Digests) -> dict[str, st
 
 
 def digest_adapter(directory: str | os.PathLike | None, digests: Digests) -> dict[str, str]:
-    """{"adapter_weights": of an adapter's files}; empty if there is none."""
+    """Digests an adapter: {"adapter_weights": of its files}; {} if there is none."""
     if directory is None:
         return {}
     files = [pathlib.Path(directory) / name for name in ("adapter_config.json", "adapter_model.safetensors")]

@@ -1,4 +1,4 @@
-"""One example, whatever file it came from. Its pixels stay in their files until they are needed."""
+"""The example: a row of data from a file of any format. Its pixels stay in their files until they are needed."""
 
 import collections
 import dataclasses
@@ -33,14 +33,14 @@ class Example(NamedTuple):
     answer: tuple[str, ...]  # each of them is right
     turns: tuple[Turn, ...] = ()
     video: bool = False
-    seconds: float | None = None  # that two frames cover; None: what the video file says, 1 for frames
-    category: str = ""  # a row of an evaluation's report
+    seconds: float | None = None  # time that two frames cover; None: as the video file says, 1 for frames
+    category: str = ""  # by which the report of an evaluation groups questions
     text_first: bool = False  # the images follow the question
-    fields: Mapping[str, Any] = {}  # what else its row has, as JSON values: rewards may go by it
-    span: Span | None = None  # of a video, whose frames are shown; None: those that training takes of any video
+    fields: Mapping[str, Any] = {}  # further fields of its row, as JSON values: rewards may use them
+    span: Span | None = None  # the part of a video that is shown; None: the whole, as in training
 
     def query(self) -> Query:
-        """The question with its pixels."""
+        """Reads the question with its pixels."""
         if self.span is None:
             frames, seconds = load_frames(self.images, self.video)
         else:
@@ -48,7 +48,7 @@ class Example(NamedTuple):
         return Query(self.question, frames, self.video, self.seconds or seconds or 1.0, self.text_first)
 
     def outline(self) -> Query:
-        """The question with images of the right sizes and no pixels, which take no memory."""
+        """Makes the question with images of the right sizes whose pixels are not read and take no memory."""
         if self.span is None:
             sizes = frame_sizes(self.images, self.video)
         else:
@@ -63,7 +63,7 @@ class Example(NamedTuple):
         return path
 
     def trace(self, query: Query) -> Trace:
-        """The turns as a trace about `query`, which is the question with its pixels or without."""
+        """Makes a trace of the turns about `query`, which is the question with its pixels (`query`) or without (`outline`)."""
         return Trace(query, self.turns, self.answer[0] if self.answer else "")
 
 

@@ -1,5 +1,6 @@
-"""Chooses the examples that a run is judged by and never trained on. More rows in the data change the choice of no row.
+"""Chooses the held-out examples, on which a run is evaluated and never trained.
 
+The order in which examples are tried follows from their own digests, so that it does not change when rows are added.
 Examples about the same pictures are held out together or not at all, because a model that was trained on a picture knows it.
 """
 
@@ -38,7 +39,7 @@ def choose(keys: Sequence[str], count: int, seed: int) -> set[str]:
 
 
 def settled(directory: pathlib.Path, keys: Sequence[str], count: int, seed: int, *, begun: bool) -> set[str]:
-    """The keys that the run in `directory` holds out: those that it noted when it began, else new ones, which are noted."""
+    """Returns the keys that the run in `directory` holds out: the recorded ones if it has `begun`, else new ones."""
     if begun:
         noted = read_note(directory / FILE, _is_note)
         return set(noted["keys"]) if noted is not None else set()

@@ -1,4 +1,4 @@
-"""Reads image files, without trusting them."""
+"""Reads image files that are not trusted: formats, sizes, memory and time are limited."""
 
 import contextlib
 import io
@@ -21,19 +21,20 @@ __all__ = ["ImageError", "ImageWarning", "image_size", "read_image"]
 # collections hold (GIF, BMP): Pillow decodes them by itself, in time that grows with the file. Others are not read: some
 # start programs (EPS), some are decoded in Python a number at a time (PPM), most are parsers that hardly anybody uses.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
-MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each is a pass over all pixels
-# An AVIF's header may lie: what is inside is decoded at its own size, up to 16,384 x 16,384, and scaled. Few at a time cost
-# nothing, for its decoder has threads of its own.
+MAX_SCANS = 100  # scans of a JPEG; encoders write about ten, and each is a pass over all pixels
+# Bytes that are reserved for an AVIF. Its header may lie: the picture inside is decoded at its own size, up to 16,384 x 16,384,
+# and scaled. That few are decoded at a time costs nothing, because the decoder has its own threads.
 AVIF_BYTES = 3 << 29
-MAX_BLOCKS = 4096  # of comments in a GIF, 255 bytes each: Pillow's time grows with their square
+MAX_BLOCKS = 4096  # blocks of comments in a GIF, 255 bytes each: Pillow's time grows with their square
 
 UNKNOWN = (
     "cannot be read: it is no picture (JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP) and no video (MP4, QuickTime, Matroska, "
     "WebM or AVI). Convert a picture to PNG, and a video by `ffmpeg -i FILE -c copy FILE.mkv`"
 )
 
-# By their first bytes. The demuxer is named, never guessed: playlists, which open other files, are not among them.
-BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # the first of MP4, and of old QuickTime
+# Videos are recognised by their first bytes, and ffmpeg's demuxer is chosen by name: left to itself it could choose one for
+# playlists, which open other files.
+BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # first boxes of MP4 and of old QuickTime
 STILL = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"hevc", b"hevx")  # brands of pictures in the same boxes
 
 
@@ -63,7 +64,7 @@ def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
 
 
 def image_size(source: str | os.PathLike | bytes | IO[bytes], *, name: str | None = None) -> tuple[int, int]:
-    """(height, width) that `read_image` would return, from the header alone; the same errors, but for broken pixels.
+    """Reads the (height, width) that `read_image` would return, from the header alone; raises its errors, but for broken pixels.
 
     `source` may also be an open file, which need not be read to its end. A PNG is decoded: its EXIF may follow the pixels.
     """
@@ -133,7 +134,7 @@ ANIMATED = "give its frames as pictures, or make a video of it (`ffmpeg -i FILE 
 
 
 def _decoded_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of what is decoded: a TIFF's tile may be larger than its picture."""
+    """Returns the (width, height) that are decoded: a TIFF's tile may be larger than its picture."""
     width, height = image.size
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return width, height
@@ -159,7 +160,7 @@ def container_of(head: bytes) -> str | None:
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
-    """(width, height) by the first 30 bytes of a WebP file (RFC 9649); None for other files."""
+    """Reads the (width, height) from the first 30 bytes of a WebP file (RFC 9649); None for other files."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
         return None
     kind = head[12:16]
@@ -175,7 +176,7 @@ def webp_size(head: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_scans(data: bytes) -> int:
-    """How many scans the first picture of a JPEG file has; 0 for other files."""
+    """Counts the scans of the first picture of a JPEG file; 0 for other files."""
     if data[:2] != b"\xff\xd8":
         return 0
     at, scans = 2, 0
@@ -223,5 +224,5 @@ def _check_gif(data: memoryview, name: str) -> None:
 
 
 def _colours(flags: int) -> int:
-    """The bytes of the table of colours that these flags announce."""
+    """Returns the size in bytes of the table of colours that these flags announce."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0

@@ -17,8 +17,8 @@ PICTURE_BYTES = 24
 class Limits:
     """Limits on what is read. Sizes are those in the file's header, which is read before anything is decoded.
 
-    Threads wait until `memory` has enough left, by the sizes in the headers. It bounds what reading takes, not the pixels that
-    were returned: a thread has those of one question.
+    Threads wait until enough of `memory` is left for the sizes in the headers. It bounds what reading takes, not the pixels that
+    are returned: each thread holds those of one question.
     """
 
     side: int = 65_535  # pixels of a picture or a frame; what JPEG can hold
@@ -79,7 +79,7 @@ class Budget:
 class _Process:
     """The limits of this process, and what is left of its memory.
 
-    A thread reserves memory for content before memory for decoding, and each once: so threads cannot wait in a circle.
+    A thread reserves memory for content before memory for decoding, and each at most once, so threads cannot deadlock.
     """
 
     def __init__(self, limits: Limits):
@@ -92,7 +92,7 @@ _process = _Process(Limits())
 
 
 def use_limits(limits: Limits) -> None:
-    """Sets the limits of this process. Files that are being read keep those that they began with."""
+    """Sets the limits of this process. Files that are being read keep the limits with which they were opened."""
     global _process
     _process = _Process(limits)
 

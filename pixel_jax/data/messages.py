@@ -1,4 +1,4 @@
-r"""Conversations: messages of a role and parts, in OpenAI's style and in that of the released traces.
+r"""Reads conversations: messages with a role and parts, as OpenAI's API and the released traces write them.
 
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
                                  {"type": "text", "text": "What does the sign say?"}]}
@@ -6,7 +6,7 @@ r"""Conversations: messages of a role and parts, in OpenAI's style and in that o
     {"role": "user", "content": [{"type": "image", "image": "crop.png"}]}
     {"role": "assistant", "content": "\\boxed{Exit 12}"}
 
-The first message has the question. What calls returned is worked out again, from its pictures, and not read.
+The first message has the question. Results of calls are not read: they are computed again from the pictures.
 """
 
 import base64
@@ -26,7 +26,7 @@ from pixel_jax.files import parse_json
 from pixel_jax.terminal import brief
 
 KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-PLACEHOLDERS = {"<image>": "image", "<video>": "video"}  # in texts: the pictures stand in a field of their own
+PLACEHOLDERS = {"<image>": "image", "<video>": "video"}  # marks in texts for pictures in a field of their own
 FETCHED = ("http:", "https:", "ftp:", "s3:", "gs:", "hf:")
 DATA = "data:"
 
@@ -44,7 +44,7 @@ class Message(NamedTuple):
 
 
 class Dialogue(NamedTuple):
-    """A question with its pictures, and what the assistant says to it, turn by turn."""
+    """A question with its pictures, and the turns of the assistant."""
 
     system: str | None
     first: Message
@@ -72,56 +72,56 @@ def read_dialogue(
     """Reads the conversation of a row.
 
     Args:
-        messages: the list of them.
-        where: what errors call it.
-        pictures: of a field beside the messages; parts without a value, or `<image>` in a text, stand for them.
-        video: whether they are the frames of one video, or its file.
-        language: of the calls.
+        messages: the list of messages.
+        where: what errors call the row.
+        pictures: those of a field beside the messages, for which parts without a value, or `<image>` in a text, stand.
+        video: whether the pictures are the frames of one video, or its file.
+        language: the language of the calls.
         needs_pictures: whether the first message must show something.
 
     Raises:
-        ExampleError: no trace can be made of it. The error names `where` and the number of the message.
+        ExampleError: the conversation is not valid. The error names `where` and the number of the message.
     """
     if not isinstance(messages, list):
         raise ExampleError(f"{where} must be a list, not {type(messages).__name__}")
     waiting = None if pictures is None else list(pictures)
-    found = [
+    parsed = [
         read_message(message, f"{where}, message {i}", waiting, video, language)
         for i, message in enumerate(messages, 1)
     ]
-    system = found.pop(0).text if found and found[0].role == "system" else None
-    if waiting and found and not any(message.images for message in found):  # no part stands for them: they come first
-        kind = {"images": waiting, "video": video, "text_after": bool(found[0].text)}
-        found[0], waiting = found[0]._replace(**kind), None
+    system = parsed.pop(0).text if parsed and parsed[0].role == "system" else None
+    if waiting and parsed and not any(message.images for message in parsed):  # no part stands for them: they come first
+        kind = {"images": waiting, "video": video, "text_after": bool(parsed[0].text)}
+        parsed[0], waiting = parsed[0]._replace(**kind), None
     if waiting:
         raise ExampleError(f"{where}: {len(waiting)} pictures are more than the messages have places for")
-    roles = ["user" if i and message.role == "tool" else message.role for i, message in enumerate(found)]
+    roles = ["user" if i and message.role == "tool" else message.role for i, message in enumerate(parsed)]
     if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise ExampleError(f"{where}: user and assistant must take turns, the user first, not {brief(roles)}")
-    first, said, returned = found[0], found[1::2], found[2::2]
+    first, answers, returned = parsed[0], parsed[1::2], parsed[2::2]
     if not first.text.strip() or (needs_pictures and not first.images):
-        seen = " and an image or a video" if needs_pictures else ""
-        raise ExampleError(f"{where}: the first message needs a question{seen}")
-    if len(returned) == len(said) > 0:
+        more = " and an image or a video" if needs_pictures else ""
+        raise ExampleError(f"{where}: the first message needs a question{more}")
+    if len(returned) == len(answers) > 0:
         raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {brief(roles)}")
-    for i, message in enumerate(said, 1):
+    for i, message in enumerate(answers, 1):
         if message.images or not message.text:
             raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
         text = tidy(message.text, language)
-        asked = grammar.parse_turn(text, language)
-        if asked.required != (i < len(said)):
-            what = "ends with a call" if asked.required else "is followed by another and has no call"
+        parsed_turn = grammar.parse_turn(text, language)
+        if parsed_turn.required != (i < len(answers)):
+            what = "ends with a call" if parsed_turn.required else "is followed by another and has no call"
             raise ExampleError(f"{where}: turn {i} of the assistant {what}{other_format(text, language)}")
-        if asked.required and asked.call is None:
+        if parsed_turn.required and parsed_turn.call is None:
             other = other_format(text, language)
             if returned[i - 1].images or other:
                 back = ", but images came back" if returned[i - 1].images else ""
                 raise ExampleError(f"{where}: the call of turn {i} cannot be read{back}{other}: {text[-200:]!r}")
-    return Dialogue(system, first, [message._replace(text=tidy(message.text, language)) for message in said])
+    return Dialogue(system, first, [message._replace(text=tidy(message.text, language)) for message in answers])
 
 
 def other_format(text: str, language: Language) -> str:
-    """What an error adds about a turn that has a call in another format than this language's; else an empty text."""
+    """Returns the end of an error message about a turn whose call is in another format; otherwise an empty text."""
     fits = [name for name in fitting_formats([text]) if name != language.format.name]
     if not fits or grammar.parse_turn(text, language).call is not None:
         return ""
@@ -129,7 +129,7 @@ def other_format(text: str, language: Language) -> str:
 
 
 def tidy(text: str, language: Language) -> str:
-    """A turn as the policy would write it, without an end marker and without anything after a call."""
+    """Returns a turn as the policy would write it: without an end marker and without anything after a call."""
     bare = text.replace(grammar.END.decode(), "")
     return bare.rstrip() if bare.rstrip().endswith(language.format.closing) else bare
 
@@ -178,15 +178,17 @@ def read_message(
 
 
 def read_part(part: Any, where: str, places: bool) -> list[tuple[str, Any]]:
-    """Reads a part of a message: its (kind, value), or several where `places` for pictures in a text count (value: None)."""
+    """Reads a part of a message as pairs (kind, value). With `places`, marks in a text stand for pictures (value: None)."""
     if not isinstance(part, Mapping):
         raise ExampleError(f"{where}: a part of a message is an object, not {brief(part)}")
-    given = {name: value for name, value in part.items() if value is not None and name != "type"}
-    if not given and places and part.get("type") in ("image", "video"):
+    members = {name: value for name, value in part.items() if value is not None and name != "type"}
+    if not members and places and part.get("type") in ("image", "video"):
         return [(part["type"], None)]
-    if len(given) != 1 or not given.keys() <= KINDS.keys():
-        raise ExampleError(f"{where}: a part of a message is one of text, image and video, not {brief(sorted(given))}")
-    ((name, value),) = given.items()
+    if len(members) != 1 or not members.keys() <= KINDS.keys():
+        raise ExampleError(
+            f"{where}: a part of a message is one of text, image and video, not {brief(sorted(members))}"
+        )
+    ((name, value),) = members.items()
     kind = KINDS[name]
     if name.endswith("_url") and isinstance(value, Mapping):
         value = fields(value, ("url",), f"{where}: {name}")["url"]
@@ -194,10 +196,10 @@ def read_part(part: Any, where: str, places: bool) -> list[tuple[str, Any]]:
         return [(kind, [picture(x, where) for x in value] if isinstance(value, list) else picture(value, where))]
     if not isinstance(value, str):
         raise ExampleError(f"{where}: a text is no text: {brief(value)}")
-    found = [("text", value)]
+    pieces = [("text", value)]
     for mark, kind in PLACEHOLDERS.items() if places else ():
-        found = [x for one in found for x in (split(one[1], mark, kind) if one[0] == "text" else [one])]
-    return found
+        pieces = [x for one in pieces for x in (split(one[1], mark, kind) if one[0] == "text" else [one])]
+    return pieces
 
 
 def split(text: str, mark: str, kind: str) -> list[tuple[str, Any]]:
@@ -207,9 +209,9 @@ def split(text: str, mark: str, kind: str) -> list[tuple[str, Any]]:
 
 
 def picture(value: Any, where: str) -> Any:
-    """The name of a file, or the content of a data URL. ExampleError: it is a URL that would have to be fetched."""
+    """Returns the name of a file, or the content of a data URL. ExampleError: it is a URL that would have to be fetched."""
     if not isinstance(value, str):
-        return value  # it is refused where names are looked up
+        return value  # `locate` refuses it
     if value.startswith(DATA):
         return from_data_url(value, where)
     if value.lower().startswith(FETCHED):
@@ -220,7 +222,7 @@ def picture(value: Any, where: str) -> Any:
 
 
 def from_data_url(url: str, where: str) -> Embedded:
-    """The content of `data:image/png;base64,...`. Its kind is told by its first bytes, not by the URL."""
+    """Decodes `data:image/png;base64,...`. The kind of the content is known by its first bytes, not by the URL."""
     head, comma, content = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise ExampleError(f"{where}: a data URL is data:TYPE;base64,CONTENT, not {brief(url, 60)}")
@@ -232,7 +234,7 @@ def from_data_url(url: str, where: str) -> Embedded:
 
 
 def written_calls(calls: Any, where: str, language: Language = RELEASED_LANGUAGE) -> str:
-    """The `tool_calls` of an assistant's message as the text that the model writes: one call a turn."""
+    """Writes the `tool_calls` of an assistant's message as the text that the model writes: one call a turn."""
     if not calls:
         return ""
     if not isinstance(calls, list) or len(calls) != 1:

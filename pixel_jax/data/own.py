@@ -8,8 +8,8 @@ A line, or row, is one example. Paths are relative to the file and lead to files
     {"question": "...", "images": ["a.jpg"], "answer": "7"}                                  for reinforcement learning
     {"question": "...", "images": ["a.jpg"], "answer": "7", "turns": ["...", {"text": "...", "learn": false}, "..."]}
 
-`turns` are what the assistant says, one after another; all but the last end with a tool call, whose result is worked out,
-not written. A turn with `"learn": false` is read and not learned (a mistake that the next turn corrects). With
+`turns` are what the assistant says, one after another; all but the last end with a tool call, whose result is
+computed, not written. A turn with `"learn": false` is read and not learned (a mistake that the next turn corrects). With
 `"video": true` the images are the frames of one video, `"seconds"` apart by pairs (default 1), or one video file, whose own
 timing is the default. `answer` may be a list, and `id` is what reports call the example (default: the file's name and the
 number of the line). An evaluation has a row for every `"category"`.
@@ -21,11 +21,12 @@ LLaMA-Factory, with pictures in their parts or, where `<image>` or an empty part
                   {"role": "assistant", "content": "..."}], "answer": "7"}
 
 All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \boxed{} is it. A picture
-may be its content, too: a data URL, or in Parquet bytes or a struct of `bytes` and `path`; it is kept in memory as it is encoded.
+may also be given by its content: a data URL, or in Parquet bytes or a struct of `bytes` and `path`; it is kept in memory as it
+is encoded.
 For a language model rows need no images (`pictures` of `read_own`).
 
-Data with other names is read by `columns`, as in `{"question": "prompt", "images": "image"}`. Whatever further fields a row has
-are in `Example.fields`.
+Data with other names is read by `columns`, as in `{"question": "prompt", "images": "image"}`. Further fields of a row
+are kept in `Example.fields`.
 """
 
 import datetime
@@ -48,30 +49,30 @@ from pixel_jax.terminal import brief
 from pixel_jax.training.answers import last_boxed
 
 FIELDS = ("question", "images", "answer", "turns", "messages", "video", "seconds", "id", "category")
-ALIKE = 0.8  # how alike two names are if one is the other misspelt
+ALIKE = 0.8  # similarity of two names from which on one counts as a misspelling of the other
 TURN = 'a turn is a text or {{"text": ..., "learn": true or false}}, not {}'
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
     """Checks that `columns` maps fields to names of columns. ExampleError: it does not."""
-    for name, theirs in columns.items():
+    for name, column in columns.items():
         if name not in FIELDS:
             raise ExampleError(f"columns: there is no field {brief(name)}; the fields are {', '.join(FIELDS)}")
-        if not theirs:
+        if not column:
             raise ExampleError(f"columns: {name!r} has no name in the data")
-    if twice := [theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1]:
+    if twice := [column for column in columns.values() if list(columns.values()).count(column) > 1]:
         raise ExampleError(f"columns: {brief(twice[0])} cannot be two fields")
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """`row` with its columns renamed to fields, as `columns` (field -> column) says.
+    """Renames the columns of `row` to fields, as `columns` (field -> column) says.
 
     A column that has the name of a field which another column is renamed to is left out.
     """
-    for name, theirs in columns.items():
-        if theirs not in row:
-            raise ExampleError(f"{where} has no {theirs!r} to be the {name} (columns), only {brief(sorted(row))}")
-    back = {theirs: name for name, theirs in columns.items()}
+    for name, column in columns.items():
+        if column not in row:
+            raise ExampleError(f"{where} has no {column!r} to be the {name} (columns), only {brief(sorted(row))}")
+    back = {column: name for name, column in columns.items()}
     return {back.get(name, name): value for name, value in row.items() if name in back or name not in columns}
 
 
@@ -92,12 +93,12 @@ def read_row(
     Args:
         row: column -> value.
         where: file and number, for messages; also the id of a row that has none.
-        folder: that image paths are relative to, and where images may lie.
-        image_folders: where else they may lie (`pixel_jax.data.sources.locate`).
+        folder: the folder to which image paths are relative, and in which images may lie.
+        image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
         columns: field -> column.
-        turns: whether they are required.
-        language: of the calls in `messages`.
-        pictures: whether rows need them; those for a language model may have none.
+        turns: whether turns are required.
+        language: the language of the calls in `messages`.
+        pictures: whether rows need pictures; those for a language model may have none.
         report: notes what was changed.
 
     Raises:
@@ -127,18 +128,18 @@ def read_row(
         if clash := [name for name in ("question", "turns") if row.get(name) is not None]:
             raise refuse(f"'messages' and {clash[0]!r} are both given: the messages have it already")
         of_model: dict[str, Any] = {"language": language, "needs_pictures": pictures}
-        said = read_dialogue(row["messages"], f"{where}: messages", images or None, video=video, **of_model)
-        question, written = said.first.text.strip(), turns_of(said, language, report)
-        images, video, text_first = said.first.images, said.first.video, said.first.text_before
-        if answer is None and written and (boxed := last_boxed(said.said[-1].text)) is not None:
+        dialogue = read_dialogue(row["messages"], f"{where}: messages", images or None, video=video, **of_model)
+        question, assistant_turns = dialogue.first.text.strip(), turns_of(dialogue, language, report)
+        images, video, text_first = dialogue.first.images, dialogue.first.video, dialogue.first.text_before
+        if answer is None and assistant_turns and (boxed := last_boxed(dialogue.said[-1].text)) is not None:
             answer = boxed
     else:
         question = field("question", lambda x: isinstance(x, str) and bool(x), "a text")
-        written = written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse)
+        assistant_turns = written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse)
         text_first = False
         if pictures and not images:
             raise refuse(f"'images' must be a path or a list of at least one, not {brief(row.get('images'))}")
-    if turns and not written:
+    if turns and not assistant_turns:
         raise refuse("'turns' must be a list of turns, or 'messages' end with the assistant's, to learn from")
     if answer is None and not turns:
         raise refuse("'answer' must be a text or a list of texts, not None")
@@ -147,7 +148,7 @@ def read_row(
         question=question,
         images=tuple(source(x, folder, image_folders, refuse) for x in images),
         answer=tuple(map(str, () if answer is None else listed(answer))),
-        turns=written,
+        turns=assistant_turns,
         video=video,
         seconds=None if seconds is None else float(seconds),
         category=category,
@@ -164,7 +165,7 @@ def take(
     wanted: str,
     default: Any = None,
 ) -> Any:
-    """The field `name`. Raises `refuse` unless `check` holds for its value."""
+    """Returns the field `name`. Raises `refuse` unless `check` holds for its value."""
     value = row.get(name, default)
     if not check(value):
         raise refuse(f"{name!r} must be {wanted}, not {brief(value)}")
@@ -177,7 +178,7 @@ def is_texts(value: Any) -> bool:
 
 
 def listed(value: Any) -> list[Any]:
-    """The value as a list: itself, if it is one; empty for None."""
+    """Returns a list as it is, an empty one for None, and any other value as a list of one."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
@@ -195,7 +196,7 @@ def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Call
 
 
 def turns_of(said: Dialogue, language: Language, report: ReadReport) -> tuple[Turn, ...]:
-    """The turns of the assistant in a conversation; `report` counts what else of it is not as our prompts are."""
+    """Returns the turns of the assistant; `report` counts other parts of the conversation that our prompts replace."""
     if said.system is not None and said.system != system_prompt(language.tools, language.format):
         report.mended["a system message other than ours was replaced by ours"] += 1
     if said.first.text_before and said.first.text_after:
@@ -234,7 +235,7 @@ def as_json(value: Any, name: str, refuse: Callable[[str], Exception]) -> Any:
     )
 
 
-Rows = Iterator[tuple[str, Callable[[], Any]]]  # the place of each row, for messages, and a function that reads it
+Rows = Iterator[tuple[str, Callable[[], Any]]]  # for each row its position, for messages, and a function that reads it
 
 
 def read_own(
@@ -250,13 +251,13 @@ def read_own(
     """Reads the examples of a file or folder (`read_row`).
 
     Args:
-        path: of the file or folder.
-        turns: whether they are required.
+        path: the path of the file or folder.
+        turns: whether turns are required.
         report: notes the rows that are dropped or changed.
-        image_folders: where images may lie beside the folder (`pixel_jax.data.sources.locate`).
+        image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
         columns: field -> column.
-        language: of the calls in `messages`.
-        pictures: whether rows need them; those for a language model may have none.
+        language: the language of the calls in `messages`.
+        pictures: whether rows need pictures; those for a language model may have none.
 
     Raises:
         ExampleError: a row is no example, and the report does not drop such rows.

@@ -26,26 +26,26 @@ from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import Tables
 from pixel_jax.training.batch import Batch, first_fit, from_trajectories, pack
 
-WINDOW = 4096  # traces that first fit looks at together: its work is quadratic
+WINDOW = 4096  # traces that first fit packs together: its time is quadratic
 BY_HAND = "config.trace_tokens, config.trace_frames and config.trace_patches (of videos config.video_frames and \
 config.video_patches) fix the shapes of rows; without them they are worked out"
 
 
 class PackedRow(NamedTuple):
-    """A packed row: its bucket, and the traces in it, by number."""
+    """A packed row: its bucket, and the indices of its traces."""
 
     bucket: int
     traces: tuple[int, ...]
 
 
 class RecordedOrder:
-    """The packed rows that a run has read, in their order, which is as long as the run was."""
+    """The packed rows that a run has read, in order: it ends where the run ended."""
 
     def __init__(self, rows: Sequence[PackedRow]):
         self.rows = rows
 
     def __getitem__(self, position: int) -> PackedRow:
-        # Rows are read ahead of the last step, too. No step takes them, so any will do.
+        # Rows are read ahead also at the last step. No step uses these, so any row serves.
         return self.rows[min(int(position), len(self.rows) - 1)]
 
 
@@ -110,13 +110,13 @@ class Packing:
         """Writes every trace out once, without its pixels.
 
         Args:
-            examples: with turns.
-            vocabulary: of the model.
-            tables: of the tokenizer and the tools.
+            examples: examples with turns.
+            vocabulary: the vocabulary of the model.
+            tables: the tables of the tokenizer and the tools.
             config: limits and pixel budgets of traces.
-            shapes: of the rows; or how they are worked out, to hold all traces that fit the memory.
+            shapes: the shapes of the rows; or how to work them out, so that they hold all traces that fit the memory.
             size: rows of a batch.
-            seed: of the order.
+            seed: the seed of the order.
             report: notes the traces that are dropped: those that cannot be written, or fit no shape.
 
         Raises:
@@ -173,9 +173,9 @@ class Packing:
         """The endless batches of this process.
 
         Args:
-            process_index: of this process.
-            process_count: of all.
-            order: of packed rows, as a run has recorded it; None: it is drawn from the seed.
+            process_index: the index of this process.
+            process_count: number of processes.
+            order: the packed rows as a run has recorded them; None: drawn from the seed.
             reading: `threads` and `ahead` of `Batches`.
         """
         return Batches(
@@ -191,14 +191,14 @@ class Packing:
 
     @property
     def epoch(self) -> float:
-        """How many batches the rows of an epoch make."""
+        """The number of batches in an epoch."""
         return sum(map(len, self.order.packed(0))) / self.size
 
     def padding(self) -> dict[str, float]:
-        """The shares of padding in an epoch.
+        """Computes the shares of padding in an epoch.
 
-        They are those among the tokens, among the patches that the vision tower is given, and among the tokens if every trace
-        had a row of the largest bucket to itself.
+        They are those of the tokens, of the patches that the vision tower encodes and, for comparison, of the tokens if every
+        trace had a row of the largest bucket to itself.
         """
         rows = [len(bucket) for bucket in self.order.packed(0)]
         all_tokens = sum(count * bucket.tokens for count, bucket in zip(rows, self.buckets, strict=True))
@@ -213,22 +213,22 @@ class Packing:
     def __str__(self) -> str:
         rows = [len(x) for x in self.order.packed(0)]
         traces = np.bincount(self.order.bucket, minlength=len(rows))
-        said = [f"{a} traces in {b} rows of {c}" for a, b, c in zip(traces, rows, self.buckets, strict=True) if a]
+        counts = [f"{a} traces in {b} rows of {c}" for a, b, c in zip(traces, rows, self.buckets, strict=True) if a]
         wasted = ", ".join(f"{share:.1%} of the {name}" for name, share in self.padding().items())
-        return f"an epoch is {'; '.join(said)}; padding is {wasted}"
+        return f"an epoch is {'; '.join(counts)}; padding is {wasted}"
 
 
 def _written(
     examples: Sequence[Example], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, report: ReadReport
 ) -> list[TraceRow | None]:
-    """The row of every example, without pixels; None where it is dropped."""
+    """Writes the row of every example, without pixels; None where it is dropped."""
 
     def write(indices: list[int], outlines: Sequence[Query]) -> None:
         try:
             traces = [examples[i].trace(outline) for i, outline in zip(indices, outlines, strict=True)]
             written = write_rows(traces, vocabulary, tables, config)
         except ValueError as error:  # a TraceError, a PromptError, sides that no size fits
-            if len(indices) > 1:  # it is about one of them, which is looked for
+            if len(indices) > 1:  # the error is about one of several traces, which is found by bisection
                 half = len(indices) // 2
                 write(indices[:half], outlines[:half])
                 write(indices[half:], outlines[half:])

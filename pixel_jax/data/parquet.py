@@ -43,11 +43,11 @@ def column_names(path: pathlib.Path, error: Callable[[str], Exception]) -> list[
 def parquet_rows(
     path: pathlib.Path, columns: Sequence[str] | None, error: Callable[[str], Exception]
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Iterates over the rows of a Parquet file: the place of each, for messages, and a function that reads it.
+    """Iterates over the rows of a Parquet file: the position of each, for messages, and a function that reads it.
 
     Args:
         path: the file.
-        columns: that are read; None: all.
+        columns: the columns to read; None: all.
         error: raised if the file cannot be read, lacks a column, or has two of one name.
     """
 

@@ -22,9 +22,9 @@ from pixel_jax.tools import RELEASED, Tool
 
 Size = tuple[int, int]  # (height, width)
 
-EMPTY_SIDE = 64  # of the buffer of a prompt without images, which all batches have
-MAX_TRIES = 8  # at smaller images for a long question: the tokens of an image fall in steps
-MAX_SHAPES = 2  # of questions about images, and as many of those about videos: a rollout takes long to compile
+EMPTY_SIDE = 64  # pixels, of the image buffer of a prompt without images: every batch has one
+MAX_TRIES = 8  # times that images are shrunk for a long question: the tokens of an image fall in steps
+MAX_SHAPES = 2  # shapes for images, and as many for videos: a rollout takes long to compile
 
 
 class ScaledPrompt(NamedTuple):
@@ -36,7 +36,7 @@ class ScaledPrompt(NamedTuple):
     patches: int  # of all images as they are shown
 
     def apply(self, query: Query) -> Query:
-        """`query` with its images scaled."""
+        """Scales the images of `query`."""
         images = [resized(image, size) for image, size in zip(query.images, self.sizes, strict=True)]
         return query._replace(images=images)
 
@@ -61,10 +61,10 @@ class ShapeFinder(NamedTuple):
         return self.config.sizes("video" if query.is_video else "")
 
     def scaled(self, query: Query, shape: BatchShape) -> ScaledPrompt:
-        """`query` with the largest images that fit `shape`.
+        """Scales the images of `query` to the largest that fit `shape`.
 
         Raises:
-            PromptError: it has too many images, too long a text, or images that fit at no size.
+            PromptError: the query has too many images, too long a text, or images that fit at no size.
         """
         sizes = [size_of(image) for image in query.images]
         if len(sizes) > shape.images:
@@ -82,7 +82,7 @@ class ShapeFinder(NamedTuple):
                     scale, sizes, tokens, sum(map(math.prod, shown(sizes, limits))) // self.config.patch_size**2
                 )
             image_tokens = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
-            left = max_tokens - (tokens - image_tokens)  # by the text
+            left = max_tokens - (tokens - image_tokens)  # tokens that the text leaves to images
             if left <= 0 or not image_tokens or limits.square:  # no image takes fewer tokens
                 break
             # What is shown is never larger than its limit, whatever the image is.
@@ -130,7 +130,7 @@ class ShapeFinder(NamedTuple):
     def assign_all(
         self, queries: Sequence[Callable[[], Query]], shapes: Sequence[BatchShape] | AutoShapes
     ) -> list[Assignment | ValueError]:
-        """The shape of each query, or the error that says why it has none. A query is called for its outline."""
+        """The shape of each query, or the error that says why it has none. `queries` are functions that return outlines."""
         if isinstance(shapes, AutoShapes):
             find = functools.partial(self.assign_own, auto=shapes)
         else:
@@ -149,7 +149,7 @@ class ShapeFinder(NamedTuple):
     def _merge_shapes(
         self, assigned: Sequence[Assignment | ValueError], auto: AutoShapes
     ) -> list[Assignment | ValueError]:
-        """The same prompts in few shapes: as many as are worth their compilation."""
+        """Assigns the same prompts to few shapes: as many as are worth their compilation."""
         needs = [x.shape for x in assigned if isinstance(x, Assignment)]
         shapes = cover(needs, auto.cost, least=auto.rows, most=MAX_SHAPES, gain=0.1)
         # A larger buffer may show more patches than any of the images that share it.
@@ -162,12 +162,12 @@ class ShapeFinder(NamedTuple):
 
 
 def size_of(image: np.ndarray) -> Size:
-    """(height, width) of an image, uint8 [h, w, 3]."""
+    """Returns the (height, width) of an image, uint8 [h, w, 3]."""
     return image.shape[0], image.shape[1]
 
 
 def scaled_side(length: int, scale: float) -> int:
-    """A side of `length` pixels, scaled and at least one pixel long."""
+    """Scales a side of `length` pixels, to at least one pixel."""
     return max(1, int(length * scale))
 
 
@@ -188,7 +188,7 @@ def scale_for(size: Size, shape: BatchShape, limits: Sizes) -> float:
 
 
 def resized(image: np.ndarray, size: Size) -> np.ndarray:
-    """`image`, uint8 [h, w, 3], at `size`."""
+    """Resizes `image`, uint8 [h, w, 3], to `size`."""
     if image.shape[:2] == tuple(size):
         return image
     return host_crop_resize(image, (0, 0, image.shape[1], image.shape[0]), size)

@@ -106,14 +106,14 @@ def question_batches(
     """Makes the endless batches: (prompts, examples, sizes of their images) of `size` questions of one shape.
 
     Args:
-        questions: with their shapes.
-        vocabulary: of the model.
-        tables: of the tokenizer and the tools.
+        questions: the questions with their shapes.
+        vocabulary: the vocabulary of the model.
+        tables: the tables of the tokenizer and the tools.
         config: limits and pixel budgets of rollouts.
         size: questions of a batch of all processes together.
-        seed: of the order.
-        process_index: of this process, which gets its shard of each batch.
-        process_count: how many processes there are.
+        seed: the seed of the order.
+        process_index: the index of this process, which gets its shard of each batch.
+        process_count: the number of processes.
         reading: `threads` and `ahead` of `Batches`.
     """
 

@@ -27,12 +27,12 @@ def read_examples(
     Args:
       path: `*.jsonl` or `*.parquet` of one's own, or a directory of them (`pixel_jax.data.own`); `*.json` or `*.parquet` as
         released (`pixel_jax.data.released`); or a directory that TFDS has prepared (`pixel_jax.data.tfds_builders`).
-      turns: whether they are required, as for tuning.
+      turns: whether turns are required, as for tuning.
       drop: whether rows that cannot be used are left out and counted; every image is decoded for that. Otherwise the first bad
         row is an error, and a broken image is one when it is read.
-      image_folders: where images may lie beside the folder of the data (`pixel_jax.data.sources.locate`).
+      image_folders: folders other than the data's in which images may lie (`pixel_jax.data.sources.locate`).
       columns: the names of the fields in the user's own data: field -> column.
-      language: of the calls in conversations: the tools and the call format of the config.
+      language: the language of the calls in conversations: the tools and the call format of the config.
       pictures: whether examples need them. Those of the user's own data for a language model may have none.
 
     Raises:
@@ -58,7 +58,7 @@ def read_rows(
     language: Language = RELEASED_LANGUAGE,
     pictures: bool = True,
 ) -> list[Example]:
-    """As `read_examples`, but no image is decoded, and there may be no examples.
+    """Reads examples as `read_examples` does, but decodes no image; there may be no examples.
 
     Raises:
       ExampleError: the file, or a row of it that `report` does not drop, cannot be read.

@@ -1,11 +1,11 @@
 r"""The released Pixel Reasoner data, as it is: `release.json` of the traces and `release.parquet` of the questions.
 
-Beside either lie `images.zip` and `videos.zip`; they are read without being unpacked, or unpacked if somebody did that.
+Beside either lie `images.zip` and `videos.zip`, which are read as archives or, if they have been unpacked, as folders.
 
 - **Traces** (TIGER-Lab/PixelReasoner-SFT-Data): `{"qid", "message_list": [{"role", "content": [{"text" | "image" | "video"}]}]}`,
   where the fields of a part that it does not have are null and a video is a list of frames. As in the released trainer the
-  last two turns of the assistant are learned, which leaves out the mistakes before them; what the calls returned is worked
-  out again, from the images, and not read. A question stands before its images where its row has it so, as the released
+  last two turns of the assistant are learned, which leaves out the mistakes before them; results of calls are not
+  read but computed again from the images. A question stands before its images where its row has it so, as the released
   rows do and no other prompt does. The system message is always ours; rows with another are counted.
 - **Questions** (TIGER-Lab/PixelReasoner-RL-Data, and the evaluation files): columns `question`, `answer` (a list with one
   `\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
@@ -27,7 +27,7 @@ from pixel_jax.files import open_regular, parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
 from pixel_jax.training.answers import last_boxed
 
-LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of the released trainer)
+LEARNED = 2  # number of last turns of the assistant that are learned (`create_assistant_response_mask` of the released trainer)
 QUESTION_COLUMNS = ("question", "answer", "image", "is_video", "qid")
 
 
@@ -50,7 +50,7 @@ def read_traces(
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Iterates over the rows: the place of each, for messages, and a function that reads it."""
+    """Iterates over the rows: the position of each, for messages, and a function that reads it."""
     with open_regular(path, ExampleError) as file:
         whole = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     if not whole:
@@ -77,10 +77,10 @@ def trace_example(
     if not isinstance(name, str | int) or name == "":
         raise ExampleError(f"{where}: 'qid' must be a text or a number, not {brief(name)}")
     where = f"{where} ({name})"
-    system, first, said = read_dialogue(row["message_list"], f"{where}: 'message_list'", language=language)
-    if not said:
+    system, first, answers = read_dialogue(row["message_list"], f"{where}: 'message_list'", language=language)
+    if not answers:
         raise ExampleError(f"{where}: user and assistant must take turns and the assistant end")
-    turns = [Turn(((message.text, i >= len(said) - LEARNED),)) for i, message in enumerate(said)]
+    turns = [Turn(((message.text, i >= len(answers) - LEARNED),)) for i, message in enumerate(answers)]
     answer = last_boxed(turns[-1].parts[0][0])
     if answer is None:
         report.mended["an answer without \\boxed{} was kept"] += 1
@@ -100,7 +100,7 @@ def trace_example(
 
 
 def _found(name: Any, folder: Folder, where: str) -> Source:
-    """The image that a row calls `name`."""
+    """Finds the image that a row calls `name`."""
     try:
         return folder.find(name)
     except SourceError as error:
@@ -108,7 +108,7 @@ def _found(name: Any, folder: Folder, where: str) -> Source:
 
 
 def _without_guidelines(text: str, report: ReadReport) -> str:
-    """The question alone; the guidelines are added again where it becomes a prompt."""
+    """Removes the guidelines from a question; they are added again when it becomes a prompt."""
     text = text.rstrip()
     for kind, guidelines in GUIDELINES.items():
         if text.endswith(guidelines.strip()):

@@ -1,4 +1,4 @@
-"""Batch shapes worked out from the examples.
+"""Works out batch shapes from the examples.
 
 A step is compiled for every shape that its batches have, so there are few of them. They are chosen before training, from the
 sizes in the headers of the images and the lengths of the texts.
@@ -17,8 +17,8 @@ from pixel_jax.rollouts.shapes import BatchShape
 
 GAIN = 0.03  # share of all the work that one more compilation has to save
 MOST_SHAPES = 4  # compilations of a step
-PATCHES_PER_TOKEN = 8  # at most: four, and a video's token covers two frames
-MOST_KINDS = 96  # different needs that are compared with one another: their pairs are many
+PATCHES_PER_TOKEN = 8  # at most: a token covers four patches of one frame, or of two in a video
+MOST_KINDS = 96  # most different needs, because all their pairs are compared
 PACKED = 3  # leading sides of a shape that add up over the traces of a packed row: tokens, images, slices
 
 
@@ -39,12 +39,12 @@ def bucket_shapes(lengths: Sequence[int], largest: BatchShape) -> tuple[BatchSha
 
 
 class AutoShapes(NamedTuple):
-    """How shapes are worked out where the configuration fixes none."""
+    """The inputs from which shapes are worked out where the configuration fixes none."""
 
     cost: Callable[[BatchShape], float]  # operations for a row of a shape
     rows: int  # of a batch
     memory: int  # bytes that one row may take: of the pictures of a prompt, or of a step that tunes on it
-    row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # that tuning on a row of a shape takes of `memory`
+    row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # bytes of `memory` that tuning on a row takes
 
 
 def training_work(network: ModelConfig) -> Callable[[BatchShape], float]:
@@ -58,7 +58,7 @@ def training_work(network: ModelConfig) -> Callable[[BatchShape], float]:
 
 
 def rounded(need: BatchShape, coarse: int = 1) -> BatchShape:
-    """`need` with its sides rounded up, so that few needs differ and slightly larger data compiles nothing new."""
+    """Rounds the sides of `need` up, so that few needs differ and slightly larger data compiles nothing new."""
 
     def up(value: int, step: int) -> int:
         return -(-value // (coarse * step)) * (coarse * step)
@@ -85,7 +85,8 @@ class Group(NamedTuple):
     def shapes(self) -> list[BatchShape]:
         """The shapes that the group may have.
 
-        Those of packed rows have images and slices in proportion to the tokens: neither fills a row while the other is scarce.
+        Those of packed rows have images and slices in proportion to tokens, so that a row does not run out of one much earlier
+        than of the others.
         """
         if not self.packed:
             return [self.most]
@@ -100,7 +101,7 @@ class Group(NamedTuple):
         ]
 
     def rows(self, shape: BatchShape) -> float:
-        """How many rows of `shape` all examples take."""
+        """Returns the number of rows of `shape` that all examples take."""
         if not self.packed:
             return self.examples
         return max(1.0, *(total / max(1, capacity) for total, capacity in zip(self.total, shape, strict=False)))
@@ -133,7 +134,7 @@ def cover(
 
     Args:
       needs: the shape that each example needs.
-      cost: of a row of a shape.
+      cost: the cost of a row of a shape.
       packed: whether several examples share a row.
       least: rows of a shape: those of a batch, which would take many epochs to fill otherwise.
       most: shapes of images, and as many of videos.
@@ -164,15 +165,15 @@ def cheapest(group: Group, cost: Callable[[BatchShape], float]) -> BatchShape:
 
 
 def merged(groups: list[Group], cost: Callable[[BatchShape], float], least: int, most: int, gain: float) -> list[Group]:
-    """Merges groups, two at a time, as `cover` says: those first whose rows get least dearer by it."""
+    """Merges groups, two at a time, as `cover` describes: first those whose merger adds the least cost."""
     shape = functools.cache(lambda group: cheapest(group, cost))
     work = functools.cache(lambda group: group.rows(shape(group)) * cost(shape(group)))
-    dearer = functools.cache(lambda a, b: work(a | b) - work(a) - work(b))
+    added_cost = functools.cache(lambda a, b: work(a | b) - work(a) - work(b))
     total = sum(map(work, groups))
     while len(groups) > 1:
         few = [group for group in groups if group.rows(shape(group)) < least]
         pairs = ((a, b) for i, a in enumerate(groups) for b in groups[:i] if not few or a in few or b in few)
-        more, a, b = min(((dearer(a, b), a, b) for a, b in pairs), key=lambda pair: pair[0])
+        more, a, b = min(((added_cost(a, b), a, b) for a, b in pairs), key=lambda pair: pair[0])
         if not few and len(groups) <= most and more > gain * total:
             break
         groups = [group for group in groups if group is not a and group is not b] + [a | b]

@@ -24,7 +24,7 @@ from pixel_jax.terminal import brief
 
 
 class SourceError(ValueError):
-    """A name that leads nowhere, or out of the folder. The message has the name."""
+    """Raised for a name that leads to no file, or out of the allowed folders. The message has the name."""
 
 
 class Member(NamedTuple):
@@ -53,7 +53,7 @@ class Embedded(NamedTuple):
     """An encoded picture that stands in the data itself."""
 
     data: bytes
-    name: str  # where it stands
+    name: str  # its position in the data, for messages
 
     def __str__(self) -> str:
         return self.name
@@ -74,26 +74,27 @@ def locate(
 ) -> pathlib.Path:
     """Finds the file that data calls `name`, relative to `folder`.
 
-    The name may have `..`, be a whole path or lead through links, as long as it leads into `folder` or into one of the
+    The name may have `..`, be an absolute path or lead through links, as long as it leads into `folder` or into one of the
     `others`. (The files of a snapshot in a cache of the Hugging Face hub are links; the folder that they lead to counts as one
     of the `others`.)
 
     Args:
         name: any value that the data has.
-        folder: that names are relative to.
+        folder: the folder to which names are relative.
         others: folders that names may lead to as well.
         directory: whether it may be a folder.
         error: the class of the errors.
 
     Raises:
-        error: it is no name, leads to nothing or to what is no regular file (a device, a named pipe), or elsewhere.
+        error: the name is no text, or leads to nothing, to something else than a regular file (a device, a named pipe), or out
+            of the folders.
     """
     if not isinstance(name, str) or not name:
         raise error(f"the name of a file must be a text, not {brief(name)}")
     path = folder / name
     try:
         real = os.path.realpath(path, strict=True)
-        mode = os.stat(path).st_mode  # as it is written: a file is no folder to come back from
+        mode = os.stat(path).st_mode  # of the path as written: `FILE/..` is an error here, and none for `realpath`
     except FileNotFoundError:
         raise error(f"there is no image {brief(str(path))}") from None
     except (OSError, ValueError) as reason:  # ValueError: a zero byte, half a surrogate pair
@@ -125,7 +126,7 @@ def open_archive(path: pathlib.Path) -> zipfile.ZipFile:
         return _open_archive(path, status.st_mtime_ns, status.st_size)
     except SourceError:
         raise
-    except Exception as error:  # zipfile says in many ways that a directory of members cannot be read
+    except Exception as error:  # zipfile raises errors of many types for a damaged directory of members
         raise SourceError(f"{path} is no ZIP archive: {error}") from None
 
 
@@ -143,7 +144,7 @@ def _open_member(source: Member) -> IO[bytes]:
         return archive.open(info)
     except ImageError:
         raise
-    except Exception as error:  # of many kinds: a damaged header may hold a name that is no text
+    except Exception as error:  # of many types: a damaged header may hold a name that is no text
         raise ImageError(f"{source} cannot be opened: {error}") from None
 
 
@@ -181,7 +182,7 @@ def _content(source: Source) -> Iterator[BinaryIO]:
     with _open_member(source) as file:
         with reserve_content(_length(source), str(source)):
             try:
-                data = file.read()  # at most what it says; more is an error of its checksum
+                data = file.read()  # at most the size that it states; more makes the checksum fail
             except (zipfile.BadZipFile, EOFError, OSError) as error:
                 raise ImageError(f"{source} cannot be read: {error}") from None
             except Exception as error:  # zlib's own
@@ -214,7 +215,7 @@ def load_frames(sources: Sequence[Source], video: bool) -> tuple[list[np.ndarray
 
 
 def frame_sizes(sources: Sequence[Source], video: bool) -> list[tuple[int, int]]:
-    """(height, width) of each image that `load_frames` returns, from headers and, of a video, its first frame."""
+    """Reads the (height, width) of each image that `load_frames` returns, from headers and a video's first frame."""
     if video and len(sources) == 1 and shows_clip(sources[0]):
         with _content(sources[0]) as file:
             return clip_size(file, str(sources[0]))
@@ -254,18 +255,18 @@ class Folder:
         for candidate in self._candidates(name):
             if _exists(self.path / candidate):
                 return locate(candidate, self.path, self.others)
-        found = [
+        members = [
             Member(archive, candidate)
             for archive, names in self.archives.items()
             for candidate in self._candidates(name, archive.stem)
             if candidate in names
         ]
-        if not found:
+        if not members:
             searched = ", ".join([str(self.path), *(archive.name for archive in self.archives)])
             raise SourceError(f"there is no {brief(name)} in {searched}")
-        if len(found) > 1:
-            raise SourceError(f"{brief(name)} is both {found[0]} and {found[1]}")
-        return found[0]
+        if len(members) > 1:
+            raise SourceError(f"{brief(name)} is both {members[0]} and {members[1]}")
+        return members[0]
 
     def _candidates(self, name: str, stem: str | None = None) -> list[str]:
         stems = self.stems if stem is None else [stem]

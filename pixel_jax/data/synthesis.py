@@ -1,8 +1,8 @@
 """Writes reasoning traces from templates around a reference cue (Pixel Reasoner §4.1, App. E).
 
 A cue is the box, or the frames, that answer the question. A trace looks at it at once, or makes one of the paper's
-mistakes first and corrects it; the mistake is shown and never learned. The question's subject does not matter here: its name
-comes with the cue.
+mistakes first and corrects it; the mistake is shown and never learned. The caller names the cue, so nothing here depends on
+the subject of the question.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ VIDEO_KINDS = ("single", "reselect")
 class Mix:
     """Shares of the kinds of traces. Defaults: the paper's (its 7,500 traces are 5,500 with operations and 2,000 without)."""
 
-    direct: float = 2000 / 7500  # of image traces: answered without looking closer
-    image: tuple[float, float, float, float] = (0.3, 0.2, 0.2, 0.3)  # of the others, in the order of IMAGE_KINDS
-    video: tuple[float, float] = (0.9, 0.1)  # VIDEO_KINDS
+    direct: float = 2000 / 7500  # share of image traces that answer without looking closer
+    image: tuple[float, float, float, float] = (0.3, 0.2, 0.2, 0.3)  # shares of the others, as IMAGE_KINDS
+    video: tuple[float, float] = (0.9, 0.1)  # shares of video traces, as VIDEO_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the image
 
 
 def written_box(box: Sequence[float]) -> str:
-    """The box as the model writes it, in hundredths."""
+    """Writes the box as the model does, in hundredths."""
     return ", ".join(f"{x:.2f}" for x in box)
 
 
@@ -164,8 +164,9 @@ def image_turns(
     """Writes the turns that look at `reference` of image number `target` of `images`, after the mistake of the `kind`.
 
     `size` is the image's (height, width), `pad` what the crop tool adds on each side: a crop that misses the reference misses it
-    with its padding, and a box within a crop is relative to what the crop showed. `shown` is cut out instead of the reference,
-    which is still what is written: so a model can be shown crops as imprecise as its own boxes will be, and learn exact ones.
+    with its padding, and a box within a crop is relative to what the crop showed. The box `shown` is cut out instead of
+    the reference, while the reference is written: so a model sees crops as imprecise as those of its own boxes, and learns exact
+    boxes.
     Calls are written in the `language`, which has the crop among its tools.
 
     Raises:

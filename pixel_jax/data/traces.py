@@ -1,4 +1,4 @@
-"""Written traces as the rows that a model is trained on: the same `Trajectories` that a rollout returns.
+"""Makes rows to train on from written traces: the same `Trajectories` that a rollout returns.
 
 A trace is a question and the assistant's turns as text. Its calls are read, carried out and answered by the functions of
 the rollout (automaton, `execute`, observation assembler), so a trained row is what the model would have read had it
@@ -41,7 +41,7 @@ WAVE = 256  # traces answered by one call of the device, so that one compilation
 
 
 class Turn(NamedTuple):
-    """One turn of the assistant: pieces of text, each learned or only read."""
+    """A turn of the assistant: pieces of text, each learned or only read."""
 
     parts: tuple[tuple[str, bool], ...]
     ends: bool = True  # `<|im_end|>` follows, learned if the last piece is; else the row stops within the turn
@@ -85,7 +85,7 @@ class View(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """How many patches the frame has."""
+        """The number of patches of the frame."""
         return self.grid[0] * self.grid[1]
 
 
@@ -164,7 +164,7 @@ def render(row: TraceRow, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Cuts the row's frames out of `images`: those that it was written for, or others of the same sizes.
 
     Args:
-        row: written out.
+        row: a row that has been written out.
         images: uint8 [h, w, 3] each.
 
     Returns:
@@ -180,7 +180,7 @@ def render(row: TraceRow, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: RolloutShape):
-    """What the rollout answers to turns, int32 [WAVE, T] (-1: no token).
+    """Computes the answers of the rollout to `turns`, int32 [WAVE, T] (-1: no token).
 
     `number` int32 [WAVE] counts the calls of each row so far.
 
@@ -195,8 +195,8 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     result = execute(call, seen, tables, shape.views, config)
     length = decode_loop.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    done = record_calls(call, result, call.required, tables.tools)
-    return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
+    calls = record_calls(call, result, call.required, tables.tools)
+    return call.required, calls, shown_by(calls, number), ids, lengths, add_to_history(seen.history, calls, number)
 
 
 def _answer_calls(
@@ -257,7 +257,7 @@ def write_rows(
 ) -> list[TraceRow]:
     """Writes traces out as rows, in their order: tokens, and views of their images. No pixel is read.
 
-    Every call is answered, but one that ends its trace.
+    Every call is answered, except one in the last turn of its trace.
     """
     check_format(tables, config)
     rows = [TraceRow(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
@@ -282,7 +282,7 @@ def to_trajectories(
 ) -> Trajectories[Visual]:
     """Writes traces out and cuts their frames: one row a trace, in order, on the host."""
     rows = write_rows(traces, vocabulary, tables, config)
-    with ThreadPoolExecutor() as pool:  # products take most of the time, and hold no lock
+    with ThreadPoolExecutor() as pool:  # matrix products take most of the time, and release the interpreter's lock
         frames = list(pool.map(lambda row: render(row, row.trace.query.images), rows))
     return assemble(rows, frames, config, shape)
 

@@ -1,4 +1,4 @@
-"""Text: the chat template and schemas of tools, the grammar of tool calls and its two parsers, observations, and tokenizers."""
+"""Dialogs as text: chat templates, schemas of tools, the grammar of tool calls and its parsers, observations, tokenizers."""
 
 from pixel_jax.dialog.call_parser import CallParser, ParserState, call_parser, token_table
 from pixel_jax.dialog.grammar import (

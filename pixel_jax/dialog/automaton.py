@@ -73,12 +73,12 @@ Entry = TypeVar("Entry", int, jax.Array)  # of one state; or of the states of R 
 
 
 class Action(NamedTuple, Generic[Entry]):
-    """What entering a state by a byte does to the registers. Flags are 0 or 1."""
+    """The changes of the registers when a state is entered by a byte. Flags are 0 or 1."""
 
     slot: Entry  # index of the number that the byte belongs to (of a list, its first), or NO_SLOT
     begin: Entry  # flag: the byte is the number's first character
     digit: Entry  # flag: the byte is a digit before the point
-    micros: Entry  # what a digit behind the point is worth, in millionths
+    micros: Entry  # the value of a digit behind the point, in millionths
     power: Entry  # 1: the byte is a digit of an exponent; -1: of a negative one
     real: Entry  # flag: the byte makes the number no integer
     list: Entry  # the number, or the bracket, belongs to list `list` - 1; 0: to none
@@ -351,7 +351,7 @@ def build(language: Language = RELEASED_LANGUAGE) -> Automaton:
     """Builds the automaton of a language.
 
     Raises:
-      ToolError: it has too many states.
+      ToolError: the automaton has too many states.
     """
     builder = _Builder(language, RegisterLayout.of(language))
     count = len(builder.edges)

@@ -3,7 +3,7 @@
 parser = call_parser(language)
 state = parser.init(rows)
 state = parser.step(table, state, tokens)   # tokens int32 [R]; ids outside the vocabulary, such as -1, change nothing
-calls = parser.finish(state)                # may be asked at any time
+calls = parser.finish(state)                # may be called at any time
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 class ParserState(NamedTuple):
-    """State and registers of R rows; N numbers, D of them with decimals, L lists (`RegisterLayout`)."""
+    """The state and the registers of R rows; N numbers, D of them with decimals, L lists (`RegisterLayout`)."""
 
     state: jax.Array  # int32 [R], of the automaton
     saved: jax.Array  # int32 [R], the state to go back to if the "<" just read begins <|im_end|>
@@ -74,7 +74,7 @@ def token_table(vocabulary: Vocabulary) -> TokenTable:
 
 
 class ArgumentTables(NamedTuple, Generic[Array]):
-    """How the slots of `ParsedCalls` are filled from the registers, for each of T tools; S slots, A arguments, L lists.
+    """Tables by which the slots of `ParsedCalls` are filled from the registers, for T tools; S slots, A arguments, L lists.
 
     Indexed by the tools that rows have called, on the device, [T, ...] becomes [R, ...].
     """
@@ -83,7 +83,7 @@ class ArgumentTables(NamedTuple, Generic[Array]):
     keys: Array  # int32 [T, A], bit of an argument's key, 0: none
     slot_keys: Array  # int32 [T, S], bit of the key of a slot's argument
     source: Array  # int32 [T, S], register of a slot
-    add: Array  # int32 [T, S], is added to the number
+    add: Array  # int32 [T, S], summand of the number
     default: Array  # int32 [T, S, 4], units, micros, negative, integer
     member: Array  # int32 [T, S], index of a slot in its list; -1: of no list, UNUSED: the tool has no such slot
     slot_list: Array  # int32 [T, S], index of a slot's list among the tool's
@@ -231,14 +231,16 @@ class CallParser:
 
         slot, lengths = action.slot, state.lengths
         if layout.lists:
-            of = action.list[:, None] == jnp.arange(1, 1 + len(layout.lists))  # [R, L]
-            lengths = jnp.where(of & (action.clear == 1)[:, None], 0, lengths) + (of & (action.begin == 1)[:, None])
-            member = jnp.sum(jnp.where(of, lengths - 1, 0), axis=1)
+            listed = action.list[:, None] == jnp.arange(1, 1 + len(layout.lists))  # [R, L]
+            lengths = jnp.where(listed & (action.clear == 1)[:, None], 0, lengths) + (
+                listed & (action.begin == 1)[:, None]
+            )
+            member = jnp.sum(jnp.where(listed, lengths - 1, 0), axis=1)
             slot = slot + member
             if len(layout.lists) > 1:  # integers beyond the registers of the last list are beyond all registers
-                slot = jnp.where(jnp.any(of & (lengths > jnp.asarray(layout.lists)), axis=1), NO_SLOT, slot)
-        here = slot[:, None] == jnp.arange(layout.numbers)
-        decimal = here[:, : layout.decimals]
+                slot = jnp.where(jnp.any(listed & (lengths > jnp.asarray(layout.lists)), axis=1), NO_SLOT, slot)
+        at_slot = slot[:, None] == jnp.arange(layout.numbers)
+        decimal = at_slot[:, : layout.decimals]
         begin = action.begin[:, None] == 1
         digit = (byte - ord("0"))[:, None]
         units = jnp.where(begin, 0, state.units)
@@ -255,10 +257,10 @@ class CallParser:
             saved=jnp.where(byte == ord("<"), jnp.asarray(tables.save)[state.state], state.saved),
             tool=jnp.where(action.call == 1, -1, jnp.where(action.name > 0, action.name - 1, state.tool)),
             keys=jnp.where(opens, 0, state.keys | action.key),
-            units=jnp.where(here, units, state.units),
+            units=jnp.where(at_slot, units, state.units),
             micros=jnp.where(decimal, micros, state.micros),
             exponent=jnp.where(decimal, jnp.clip(exponent, -MAX_SHIFT, MAX_SHIFT), state.exponent),
-            negative=jnp.where(here & begin, byte[:, None] == ord("-"), state.negative),
+            negative=jnp.where(at_slot & begin, byte[:, None] == ord("-"), state.negative),
             integer=jnp.where(decimal, begin | (state.integer & (action.real[:, None] == 0)), state.integer),
             lengths=lengths,
         )
@@ -271,7 +273,7 @@ class CallParser:
         """Returns the calls of the texts read so far, taken as whole responses."""
         layout, tables = self.layout, self.automaton
         tool = jnp.maximum(state.tool, 0)
-        of: ArgumentTables[jax.Array] = ArgumentTables._make(
+        own: ArgumentTables[jax.Array] = ArgumentTables._make(
             x if isinstance(x, bool) else jnp.asarray(x)[tool] for x in self.arguments
         )
         whole = layout.numbers - layout.decimals
@@ -295,30 +297,32 @@ class CallParser:
             jnp.pad(state.negative, ((0, 0), (0, 1))),
             jnp.pad(state.integer, ((0, 0), (0, whole + 1)), constant_values=True),
         )
-        units, micros, negative, integer = (jnp.take_along_axis(x, of.source, axis=1) for x in registers)
+        units, micros, negative, integer = (jnp.take_along_axis(x, own.source, axis=1) for x in registers)
         if np.any(self.arguments.add):
-            signed = jnp.where(negative, -units, units) + of.add
+            signed = jnp.where(negative, -units, units) + own.add
             units, negative = (
-                jnp.where(of.add == 0, x, y) for x, y in ((units, jnp.abs(signed)), (negative, signed < 0))
+                jnp.where(own.add == 0, x, y) for x, y in ((units, jnp.abs(signed)), (negative, signed < 0))
             )
-        given = (state.keys[:, None] & of.keys) != 0
-        known = (state.keys[:, None] & of.slot_keys) != 0
-        standard = of.default[..., 0], of.default[..., 1], of.default[..., 2] == 1, of.default[..., 3] == 1
+        given = (state.keys[:, None] & own.keys) != 0
+        known = (state.keys[:, None] & own.slot_keys) != 0
+        standard = own.default[..., 0], own.default[..., 1], own.default[..., 2] == 1, own.default[..., 3] == 1
         units, micros, negative, integer = (
             jnp.where(known, x, other) for x, other in zip((units, micros, negative, integer), standard, strict=True)
         )
         lengths = jnp.pad(state.lengths, ((0, 0), (0, 1)))
         lengths = jnp.where(
-            (state.keys[:, None] & of.list_keys) != 0, jnp.take_along_axis(lengths, of.lists, axis=1), of.default_length
+            (state.keys[:, None] & own.list_keys) != 0,
+            jnp.take_along_axis(lengths, own.lists, axis=1),
+            own.default_length,
         )
-        there = of.member < jnp.take_along_axis(lengths, of.slot_list, axis=1)
-        valid = jnp.asarray(tables.complete)[state.state] & (state.tool >= 0) & (state.keys & of.needs == of.needs)
+        stored = own.member < jnp.take_along_axis(lengths, own.slot_list, axis=1)
+        valid = jnp.asarray(tables.complete)[state.state] & (state.tool >= 0) & (state.keys & own.needs == own.needs)
         if self.arguments.bounded:
             sign = jnp.where(negative, -1, 1)
-            valid &= jnp.all(_at_least(sign * units, sign * micros, of.low), axis=1)
-            valid &= jnp.all(_at_least(-sign * units, -sign * micros, -of.high), axis=1)
+            valid &= jnp.all(_at_least(sign * units, sign * micros, own.low), axis=1)
+            valid &= jnp.all(_at_least(-sign * units, -sign * micros, -own.high), axis=1)
         keep = lambda x: jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x))
-        slots = [jnp.where(there, x, jnp.zeros_like(x)) for x in (units, micros, negative, integer)]
+        slots = [jnp.where(stored, x, jnp.zeros_like(x)) for x in (units, micros, negative, integer)]
         return ParsedCalls(
             required=jnp.asarray(tables.required)[state.state],
             valid=valid,

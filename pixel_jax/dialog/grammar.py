@@ -110,11 +110,11 @@ class MalformedCallError(ValueError):
 
 
 class ArgumentSource(NamedTuple):
-    """Where the value of an argument comes from."""
+    """The source of the value of an argument."""
 
     argument: Argument
     key: str | None  # in the call; None: the value is always the default
-    add: int  # is added to the integer, or to the index of the option
+    add: int  # number that is added to the integer, or to the index of the option
     default: Value | None  # None: a call must have the key
 
 
@@ -143,7 +143,7 @@ class Language:
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:
-        """How the format writes the calls of each tool."""
+        """The notation of the calls of each tool in the format."""
         return tuple(self.format.spelling(tool) for tool in self.tools)
 
     def _written(self) -> list[tuple[Tool, Argument]]:
@@ -167,7 +167,7 @@ class Language:
 
     @functools.cached_property
     def sources(self) -> tuple[tuple[ArgumentSource, ...], ...]:
-        """Where the value of every argument of every tool comes from."""
+        """The source of the value of every argument of every tool."""
         return tuple(map(self._sources, self.tools, self.spellings))
 
     def _sources(self, tool: Tool, spelling: Spelling) -> tuple[ArgumentSource, ...]:
@@ -241,7 +241,7 @@ def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> ToolCall:
     """Parses the text between the marks.
 
     Raises:
-      MalformedCallError: it is no valid call.
+      MalformedCallError: the text is no valid call.
     """
     text = _Text(body)
     if language.format.body == Body.TAGS:
@@ -401,11 +401,11 @@ class _Text:
 
     def read(self, pattern: bytes) -> bytes:
         """Reads what must match `pattern`; returns its group, or all of it where there is none."""
-        found = re.compile(pattern).match(self.body, self.at)
-        if found is None:
+        matched = re.compile(pattern).match(self.body, self.at)
+        if matched is None:
             raise MalformedCallError(f"{pattern!r} is expected at {self.body[self.at : self.at + 20]!r}")
-        self.at = found.end()
-        return found[found.re.groups]
+        self.at = matched.end()
+        return matched[matched.re.groups]
 
     def take(self, *kinds: str) -> bytes:
         """Reads the next token, which must be of one of these kinds. Each mark is a kind, too."""

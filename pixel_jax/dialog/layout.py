@@ -1,10 +1,10 @@
-"""How a model's dialogs are written: its chat template, and what of it stands around a turn.
+"""The layout of a model's dialogs: its chat template, and the pieces that it writes around turns.
 
-A whole dialog is rendered by the template itself. Between the turns of a compiled rollout stand pieces that must be known
-beforehand: they are found by rendering short dialogs of made-up words and taking what stands between the words.
+A whole dialog is rendered by the template itself. The pieces between the turns of a compiled rollout must be known
+beforehand: they are found by rendering short dialogs of made-up words and taking what the template writes between the words.
 
 A rendered dialog is a list of pieces: texts, special tokens, images and videos. Special tokens are those that the template
-wrote, never letters of a message: a text that spells one is taken apart before it is rendered and put together behind.
+wrote, never letters of a message: a text that spells one is broken up by markers for the rendering.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Media(NamedTuple):
 
 
 class Place(enum.Enum):
-    """Where a text stands, on which its ids depend with tokenizers that put a space before some texts."""
+    """The position of a text, on which its ids depend with tokenizers that put a space before some texts."""
 
     DIALOG = enum.auto()  # at the very beginning
     SPECIAL = enum.auto()  # behind a special token
@@ -44,9 +44,9 @@ Marks = tuple[str | Special, ...]  # pieces that the template writes itself
 IM_END = Special("im_end")
 VISUAL = {"image_pad": "image", "video_pad": "video"}
 
-# Words that no template has in it, of a system message, questions and an answer.
+# Made-up words, which no template contains, for the texts of a system message, questions and an answer.
 SYSTEM, FIRST, ANSWER, SECOND, CAPTION = "Sqvfoa", "Uwpkeb", "Azmtic", "Oxjgud", "Chqlye"
-NEVER = re.compile(r"<\|\w+\|>")  # what looks like a special token
+NEVER = re.compile(r"<\|\w+\|>")  # text that looks like a special token
 
 
 class Layout(NamedTuple):
@@ -54,16 +54,16 @@ class Layout(NamedTuple):
 
     Attributes:
       source: the template.
-      special: name -> what the tokenizer calls the token. `im_end` is the token that ends a turn of the model's.
-      variables: what the template calls tokens (`bos_token`, ...).
-      before: what stands between the end of a turn and the text of an observation, which is a message of the user's.
-      after: what follows an observation or a question, up to where the model begins.
-      lead: what an answer begins with where others wrote it; the model writes it itself.
-      tail: what stands between an answer and `im_end`; likewise.
-      image: what stands before and behind each image.
+      special: name -> the tokenizer's spelling of the token. `im_end` is the token that ends a turn of the model.
+      variables: tokens by the names that the template has for them (`bos_token`, ...).
+      before: pieces between the end of a turn and the text of an observation, which is a message of the user.
+      after: pieces between an observation or a question and the answer of the model.
+      lead: what the template writes at the beginning of an answer; in a rollout the model writes it.
+      tail: what the template writes between an answer and `im_end`; in a rollout the model writes it.
+      image: pieces before and behind each image.
       images_first: whether a message's images stand before its text, wherever the message has them.
-      lists: whether messages of text are lists of parts for the template, not texts.
-      system: whether it knows system messages; if not, they are put in front of the first question.
+      lists: whether the template takes messages of text as lists of parts, not as texts.
+      system: whether the template takes system messages; if not, they are put in front of the first question.
       begin: name of a token that the tokenizer puts before every dialog that does not begin with it (`to_ids`).
     """
 
@@ -94,14 +94,15 @@ class Layout(NamedTuple):
 
         Args:
           source: the template.
-          names: what the tokenizer calls a special token -> its name. Tokens with the names `image_pad` and `video_pad` stand
+          names: the tokenizer's spelling of a special token -> its name. Tokens with the names `image_pad` and `video_pad` stand
             for images and videos; any may have its own spelling for a name.
-          tokens: all others, which text may have, too.
-          variables: what the template calls tokens; `eos_token` ends a turn where the template does not write what does.
+          tokens: spellings of the other tokens, which may also occur in text.
+          variables: tokens by the names that the template has for them; `eos_token` ends a turn if the template writes no
+            token that does.
           begin: spelling of the token that the tokenizer puts before every text.
 
         Raises:
-          TemplateError: nothing of the kind can be found; the message says what it writes, and what to do.
+          TemplateError: these pieces cannot be found; the message says what the template writes, and what to do.
         """
         try:
             layout = cls(source, {name: text for text, name in names.items()}, dict(variables or {}))
@@ -125,8 +126,8 @@ class Layout(NamedTuple):
         for part in parts:
             if part.get("type") not in ("text", *VISUAL.values()):
                 raise ValueError(f"a message's part is of type text, image or video, not {part.get('type')!r}: {part}")
-        given = [x["content"] for x in messages if isinstance(x["content"], str)]
-        marker = _unused("".join([self.source, *given, *(part.get("text", "") for part in parts)]))
+        plain_texts = [x["content"] for x in messages if isinstance(x["content"], str)]
+        marker = _unused("".join([self.source, *plain_texts, *(part.get("text", "") for part in parts)]))
         text = self._write(messages, add_generation_prompt, marker)
         shown = {
             kind: [Media(kind, part.get(kind)) for part in parts if part["type"] == kind] for kind in VISUAL.values()
@@ -134,7 +135,7 @@ class Layout(NamedTuple):
         return self._pieces(text, shown, marker)
 
     def _write(self, messages: Sequence[Mapping[str, Any]], prompt: bool, marker: str = "") -> str:
-        """What the template writes, with a marker in texts that spell special tokens."""
+        """Renders the template, with a marker in texts that spell special tokens."""
         written = [
             {**message, "content": self._content(message["content"], marker)}
             for message in (messages if self.system else _without_system(messages))
@@ -143,7 +144,7 @@ class Layout(NamedTuple):
         return render_source(self.source, {**self.variables, **values})
 
     def _content(self, content: str | Sequence[Mapping[str, Any]], marker: str) -> str | list[dict[str, Any]]:
-        """The content of a message as templates have it, without special tokens in its texts."""
+        """Makes the content of a message as the template takes it, without special tokens in its texts."""
         opaque = functools.partial(_opaque, spellings=tuple(self.special.values()), marker=marker)
         if isinstance(content, str):
             return [{"type": "text", "text": opaque(content)}] if self.lists else opaque(content)
@@ -155,7 +156,7 @@ class Layout(NamedTuple):
         ]
 
     def _pieces(self, text: str, shown: Mapping[str, Sequence[Media]], marker: str = "") -> list[Piece]:
-        """What the template wrote, taken apart at its special tokens."""
+        """Splits what the template wrote at its special tokens."""
         names = {spelling: name for name, spelling in self.special.items()}
         left = {kind: iter(media) for kind, media in shown.items()}
         counts = dict.fromkeys(shown, 0)
@@ -179,7 +180,7 @@ class Layout(NamedTuple):
         return pieces
 
     def observation(self, content: Sequence[Mapping[str, Any]]) -> list[Piece]:
-        """What stands between the end of a turn and the next one, if a tool answers with these parts: texts and images."""
+        """Returns the pieces between the end of a turn and the next one, where a tool answers with these texts and images."""
         texts = [part["text"] for part in content if part["type"] == "text"]
         if self.images_first:
             content = [*(part for part in content if part["type"] != "text"), {"type": "text", "text": "".join(texts)}]
@@ -204,15 +205,15 @@ def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The messages with the system message in front of the first question, an empty line between the two."""
+    """Moves the system message in front of the first question, with an empty line between the two."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return list(messages)
-    told, asked, *others = messages
+    system, question, *others = messages
     parts = [
         [{"type": "text", "text": x["content"]}] if isinstance(x["content"], str) else list(x["content"])
-        for x in (told, asked)
+        for x in (system, question)
     ]
-    return [{**asked, "content": [*parts[0], {"type": "text", "text": "\n\n"}, *parts[1]]}, *others]
+    return [{**question, "content": [*parts[0], {"type": "text", "text": "\n\n"}, *parts[1]]}, *others]
 
 
 @functools.lru_cache(maxsize=64)
@@ -223,16 +224,16 @@ def _splitter(spellings: tuple[str, ...]) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=64)
 def _edges(spellings: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What may follow the beginning of a special token, and what may stand before the rest of one."""
+    """Returns the proper ends and the proper beginnings of special tokens."""
     return tuple({x[i:] for x in spellings for i in range(1, len(x))}), tuple(
         {x[:i] for x in spellings for i in range(1, len(x))}
     )
 
 
 def _opaque(text: str, spellings: tuple[str, ...], marker: str) -> str:
-    """The text, with a marker around each character if it spells a special token or could be a part of one.
+    """Puts a marker around each character of a text that spells a special token or could be a part of one.
 
-    White space around it stays outside, because templates take it off.
+    White space around the text stays outside, because templates strip it.
     """
     core = text.strip()
     rests, starts = _edges(spellings)
@@ -243,12 +244,12 @@ def _opaque(text: str, spellings: tuple[str, ...], marker: str) -> str:
 
 
 def _unused(text: str) -> str:
-    """A character of the private use area that a text does not have."""
+    """Returns a character of the private use area that does not occur in a text."""
     return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
 
 
 def _says(role: str, *parts: str | None) -> dict[str, Any]:
-    """A message of a text, or of texts and (None) images."""
+    """Makes a message of one text, or of texts and images (None)."""
     if len(parts) == 1 and parts[0] is not None:
         return {"role": role, "content": parts[0]}
     return {
@@ -258,16 +259,16 @@ def _says(role: str, *parts: str | None) -> dict[str, Any]:
 
 
 def _derive(layout: Layout, tokens: Collection[str], begin: str | None) -> Layout:
-    """`Layout.from_template`, for a layout that has no more than a template and the names of tokens."""
+    """Completes a layout that has only its template and the names of tokens (`Layout.from_template`)."""
     names = {spelling: name for name, spelling in layout.special.items()}
     if short := [spelling for spelling in names if len(spelling) == 1]:
         raise TemplateError(f"the special token {short[0]!r} is one character, which every text may have")
     layout = _reads(layout)
-    asked, answered, again = _says("user", FIRST), _says("assistant", ANSWER), _says("user", SECOND)
-    told = [_says("system", SYSTEM)] if layout.system else []
-    first = layout._write([*told, asked], True)
-    whole = layout._write([*told, asked, answered, again], True)
-    ended = layout._write([*told, asked, answered], False)
+    question, answer, second_question = _says("user", FIRST), _says("assistant", ANSWER), _says("user", SECOND)
+    system_messages = [_says("system", SYSTEM)] if layout.system else []
+    first = layout._write([*system_messages, question], True)
+    whole = layout._write([*system_messages, question, answer, second_question], True)
+    ended = layout._write([*system_messages, question, answer], False)
     if unknown := [x for x in NEVER.findall(whole) if x not in names and x not in tokens]:
         raise TemplateError(f"it writes {unknown[0]}, and the tokenizer has no special token {unknown[0]}")
     for word in (FIRST, ANSWER, SECOND):
@@ -301,28 +302,28 @@ def _derive(layout: Layout, tokens: Collection[str], begin: str | None) -> Layou
         lead, tail = "", ""
     layout = layout._replace(before=split(behind), after=split(after), lead=lead, tail=tail)
     if "image_pad" in layout.special:
-        layout = _with_images(layout, told)
+        layout = _with_images(layout, system_messages)
     return layout._replace(begin=None if begin is None else names.get(begin))
 
 
 def _reads(layout: Layout) -> Layout:
-    """Whether the template reads texts or lists of parts, and system messages."""
-    asked, told, tried = _says("user", FIRST), _says("system", SYSTEM), []
+    """Finds whether the template takes texts or lists of parts, and whether it takes system messages."""
+    question, system_message, errors = _says("user", FIRST), _says("system", SYSTEM), []
     for lists in (False, True):
         for system in (True, False):
             layout = layout._replace(lists=lists, system=system)
             try:
-                text = layout._write([told, asked], True)
+                text = layout._write([system_message, question], True)
             except TemplateError as error:
-                tried.append(error)
+                errors.append(error)
                 continue
             if SYSTEM in text and FIRST in text:
                 return layout
-    raise tried[0] if tried else TemplateError("it does not write the text of a question")
+    raise errors[0] if errors else TemplateError("it does not write the text of a question")
 
 
 def _with_images(layout: Layout, told: list[dict[str, Any]]) -> Layout:
-    """With what stands around images, if the template shows any."""
+    """Adds the pieces around images, if the template shows any."""
     try:
         text = layout._write([*told, _says("user", FIRST, None, None, CAPTION)], True)
     except TemplateError:
@@ -337,7 +338,7 @@ def _with_images(layout: Layout, told: list[dict[str, Any]]) -> Layout:
 
 
 def _marks(layout: Layout, text: str) -> Marks:
-    """A stretch of what the template wrote, as pieces."""
+    """Splits a stretch of what the template wrote into pieces."""
     names = {spelling: name for name, spelling in layout.special.items()}
     parts = _splitter(tuple(names)).split(text) if names else [text]
     return tuple(Special(names[part]) if i % 2 else part for i, part in enumerate(parts) if part)

@@ -1,4 +1,4 @@
-r"""Observations: what a row reads after a call, as token ids.
+r"""Observations: the answers to calls, as token ids.
 
 An observation is a user message with the text of an outcome and the images that it shows. It is everything between the
 `<|im_end|>` of the turn that called and the first token of the next turn:
@@ -43,7 +43,7 @@ NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # allowed in the braces of a t
 
 
 def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
-    """What the observation `ids` (int32 [n]) says: without what the template puts around it, and without its images."""
+    """Returns the text of an observation, ids int32 [n], without its images and what the template writes around it."""
     layout = vocabulary.layout
 
     def spelled(marks: Marks, place: Place) -> bytes:
@@ -55,8 +55,8 @@ def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
         ids, opening = ids[pads[-1] + 1 :], spelled(layout.image[1], Place.SPECIAL)
     elif len(pads):
         ids, closing = ids[: pads[0]], spelled(layout.image[0], Place.TEXT)
-    said = vocabulary.to_bytes(ids.tolist()).removeprefix(opening).removesuffix(closing)
-    return said.decode("utf-8", "replace").strip("\n")
+    text = vocabulary.to_bytes(ids.tolist()).removeprefix(opening).removesuffix(closing)
+    return text.decode("utf-8", "replace").strip("\n")
 
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
@@ -104,11 +104,11 @@ class ObservationValues(NamedTuple):
     pads: AnyArray  # int32 [R, V], pad tokens of each image shown, 0: no image
 
 
-# A segment of an observation is a stretch of constant ids, an integer, or a run of pads, ...
+# Types of segments: a stretch of constant ids, an integer, or a run of pads.
 _CONSTANT, _INTEGER, _PADS = range(3)
-# ... It appears always, or if the list or the images have more than `at` members, or if the list has none; ...
+# Guards: a segment appears always, or if the list or the images have more than `at` members, or if the list has none.
 _ALWAYS, _ITEMS, _IMAGES, _NO_ITEMS = range(4)
-# ... and, of a stretch before an integer, only if that is negative, or only if it is not.
+# Signs: a stretch before an integer may appear only if the integer is negative, or only if it is not.
 _ANY, _NEGATIVE, _POSITIVE = range(3)
 
 
@@ -152,7 +152,7 @@ class Observations:
             ids = [vocabulary.special[text.name]] if isinstance(text, Special) else vocabulary.encode(text, place)
             spelled = vocabulary.to_bytes(ids)
             same = [] if isinstance(text, Special) else [text.encode()]
-            if place is Place.SPECIAL:  # where some tokenizers put a space
+            if place is Place.SPECIAL:  # some tokenizers put a space there
                 same += [b" " + x for x in same]
             if same and spelled not in same:
                 raise ValueError(f"the tokenizer changes {text!r} to {spelled!r}: it must keep every text")
@@ -181,8 +181,8 @@ class Observations:
             before, after = layout.image
             return [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(after, **guard)]
 
-        def said(text: str, place: Place) -> list[_Segment]:
-            """A text with braces."""
+        def braced(text: str, place: Place) -> list[_Segment]:
+            """Returns the segments of a text with braces."""
             row: list[_Segment] = []
             *stretches, last = _split(text)
             for i, (before, what) in enumerate(stretches):
@@ -211,12 +211,12 @@ class Observations:
             images = [segment for index in shown for segment in image(index)]
             row = marks(head)
             if not images:
-                row += said(opening + text + behind + closing, Place.SPECIAL)
+                row += braced(opening + text + behind + closing, Place.SPECIAL)
             elif layout.images_first:
                 row += [*marks((opening,) if opening else ()), *images]
-                row += said(text + behind + closing, Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL)
+                row += braced(text + behind + closing, Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL)
             else:
-                row += [*said(opening + text, Place.SPECIAL), *images]
+                row += [*braced(opening + text, Place.SPECIAL), *images]
                 row += marks((behind + closing,) if behind + closing else ())
             rows.append([*row, *marks(rest)])
         width = max(map(len, rows))
@@ -232,7 +232,7 @@ class Observations:
 
     @property
     def malformed(self) -> int:
-        """Index of the kind of malformed calls."""
+        """The index of the kind of malformed calls."""
         return len(self.kinds) - 1
 
     @property
@@ -262,7 +262,7 @@ class Observations:
         """Returns the most tokens that an observation can have, which is the least `length` for `assemble`.
 
         Args:
-          pads: of each kind, the most pad tokens of one of its images.
+          pads: for each kind, the most pad tokens of one of its images.
           images: the most images that are shown.
         """
         most = 0
@@ -313,7 +313,7 @@ class Observations:
         """Assembles the ids of R observations.
 
         Args:
-          values: of R rows.
+          values: the values of R rows.
           length: at least `bound(...)` for the pads that occur.
 
         Returns:
@@ -359,15 +359,15 @@ class Observations:
         inside = position < total[:, None]
         at = jnp.minimum(at, ends.shape[1] - 1)
 
-        def of(field):
+        def at_token(field):
             return jnp.take_along_axis(field, at, 1)
 
-        offset = position - of(ends - lengths)
-        number, count = of(value), of(num_digits)
-        place = jnp.clip(count - 1 - offset, 0, MAX_DIGITS - 1)
-        digit = jnp.asarray(self.digits)[jnp.abs(number) // powers[place] % 10]
-        constant = jnp.asarray(self.constants)[jnp.clip(of(segment.start) + offset, 0, len(self.constants) - 1)]
-        kinds = of(segment.type)
+        offset = position - at_token(ends - lengths)
+        number, count = at_token(value), at_token(num_digits)
+        power = jnp.clip(count - 1 - offset, 0, MAX_DIGITS - 1)
+        digit = jnp.asarray(self.digits)[jnp.abs(number) // powers[power] % 10]
+        constant = jnp.asarray(self.constants)[jnp.clip(at_token(segment.start) + offset, 0, len(self.constants) - 1)]
+        kinds = at_token(segment.type)
         ids = jnp.select([kinds == _INTEGER, kinds == _PADS], [digit, jnp.full_like(digit, self.image_pad)], constant)
         return jnp.where(inside, ids, 0), total
 
@@ -376,12 +376,12 @@ _assemble = jax.jit(Observations.assemble, static_argnums=(0, 2))
 
 
 def _text_last(marks: Marks) -> tuple[Marks, str]:
-    """Takes the text off their end."""
+    """Splits marks into those before a text at their end, and the text."""
     return (marks[:-1], marks[-1]) if marks and isinstance(marks[-1], str) else (marks, "")
 
 
 def _text_first(marks: Marks) -> tuple[str, Marks]:
-    """Takes the text off their beginning."""
+    """Splits marks into a text at their beginning, and those behind it."""
     return (marks[0], marks[1:]) if marks and isinstance(marks[0], str) else ("", marks)
 
 

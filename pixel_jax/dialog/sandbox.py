@@ -1,4 +1,4 @@
-"""Chat templates: jinja programs that come with a model, run in jinja's sandbox, and for no longer than they need.
+"""Renders chat templates, jinja programs that come with a model, in jinja's sandbox with limits on time and size.
 
 The environment is that of transformers' `apply_chat_template` (trimmed blocks, `break` and `continue`, `{% generation %}`,
 `tojson`, `raise_exception`), without `strftime_now`: prompts that change from day to day would make no run repeatable.
@@ -28,11 +28,10 @@ MAX_INDENT = 16
 MAX_STEPS = 1 << 20  # calls, filters, operators and turns of loops in one rendering
 SECONDS = 2.0  # of one rendering
 
-# Those that make more of a text than was put in, as much as they are told to.
+# Methods of texts whose result may be longer than their arguments by any amount.
 WIDENING = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill"})
-NO_FILTERS = frozenset(
-    {"batch", "center", "format", "random", "slice", "urlize", "wordwrap", "xmlattr"}
-)  # nor repeatable
+# Filters of the same kind, and those whose result is not repeatable.
+NO_FILTERS = frozenset({"batch", "center", "format", "random", "slice", "urlize", "wordwrap", "xmlattr"})
 
 
 class TemplateError(ValueError):
@@ -40,7 +39,7 @@ class TemplateError(ValueError):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant wrote; what is in it is written as it is."""
+    """The tag `{% generation %}`, which marks what an assistant wrote; its content is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja declares it
 
@@ -50,7 +49,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Steps(threading.local):
-    """What the rendering that runs in this thread may still do."""
+    """The steps and the time that are left to the rendering in this thread."""
 
     left = 0
     until = 0.0
@@ -71,15 +70,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "finalize": _measured}
         super().__init__(extensions=[_Generation, jinja2.ext.loopcontrols], **options)
         self.steps = _Steps()
-        kept = {name: call for name, call in self.filters.items() if name not in NO_FILTERS}
+        allowed = {name: call for name, call in self.filters.items() if name not in NO_FILTERS}
         own = {"tojson": _to_json, "replace": _replace, "join": _join, "indent": _indent}
-        self.filters: dict[str, Any] = {name: self._counted(call) for name, call in (kept | own).items()}
+        self.filters: dict[str, Any] = {name: self._counted(call) for name, call in (allowed | own).items()}
         self.filters["turns of a loop"] = self._turns
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals["raise_exception"] = _raise
 
     def _counted(self, call):
-        """The filter, counted and measured."""
+        """Wraps a filter so that its calls are counted, and its arguments and results measured."""
 
         @functools.wraps(call)  # which also copies whether it wants the context
         def counted(*args, **kwargs):
@@ -95,7 +94,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield item
 
     def call(self, context, what, /, *args, **kwargs):
-        """Every call of a template comes by here."""
+        """Carries out a call of a template, counted and measured."""
         self.steps.take()
         _measured([x for x in (*args, *kwargs.values()) if isinstance(x, _SIZED)])
         name, text = getattr(what, "__name__", ""), getattr(what, "__self__", None)
@@ -109,7 +108,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _measured(super().call(context, what, *args, **kwargs))
 
     def call_binop(self, context, operator, left, right):
-        """Every operator that can make much of little comes by here."""
+        """Carries out an operator that can make a large value of small ones, counted and measured."""
         self.steps.take()
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "**" or (operator == "%" and not numbers):
@@ -130,7 +129,7 @@ def _allow(size: int) -> None:
 
 
 def _size(value: Any, depth: int = 0) -> int:
-    """Characters and members of a value, of one in it as often as it is there."""
+    """Counts the characters and members of a value; a member that it contains twice counts twice."""
     if isinstance(value, str):
         return len(value)
     if not isinstance(value, list | tuple | dict):
@@ -205,14 +204,14 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def render_source(source: str, values: Mapping[str, Any]) -> str:
-    """What a template writes.
+    """Renders a template.
 
     Args:
       source: the template.
       values: its variables: `messages`, `add_generation_prompt`, `bos_token`, ...
 
     Raises:
-      TemplateError: it is no template, raises an error of its own, or takes too long or makes too much.
+      TemplateError: the source is no template, raises an error, takes too long, or makes too large values.
     """
     template, written, size = _compiled(source), [], 0
     _ENVIRONMENT.steps.start()
@@ -224,6 +223,6 @@ def render_source(source: str, values: Mapping[str, Any]) -> str:
             written.append(piece)
     except TemplateError:
         raise
-    except Exception as error:  # of every type: what a program does with values that it did not expect
+    except Exception as error:  # errors of any type: the template is a program, which may not expect these values
         raise TemplateError(f"{type(error).__name__}: {str(error)[:300]}") from None
     return "".join(written)

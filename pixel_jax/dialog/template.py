@@ -61,9 +61,9 @@ SPECIAL_TOKENS = {
     "image_pad": "<|image_pad|>",
     "video_pad": "<|video_pad|>",
 }
-VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # which tokenizers of language models may lack
+VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # tokenizers of language models may lack them
 ABSENT = -1  # the id of a special token that a tokenizer lacks
-# What other tokenizers call the same.
+# Spellings of the same tokens in other tokenizers.
 OTHER_SPELLINGS = {"<|end_of_text|>": "end_of_text", "<image>": "image_pad", "<video>": "video_pad"}
 
 
@@ -93,8 +93,8 @@ def timestamps(frames: int, seconds: float) -> list[str]:
     """Returns the texts in front of the temporal patches of a video, where each of them is an item (Qwen3-VL).
 
     Args:
-      frames: of the video. The last one is repeated if their number is odd.
-      seconds: that two frames cover.
+      frames: number of frames of the video. The last one is repeated if the number is odd.
+      seconds: the time that two frames cover.
     """
     times = [min(i, frames - 1) / (2 / seconds) for i in range(frames + frames % 2)]
     return [f"<{(first + second) / 2:.1f} seconds>" for first, second in zip(times[::2], times[1::2], strict=True)]
@@ -158,7 +158,7 @@ def render(
 
 
 def spelling(name: str) -> str:
-    """What a token that structures a dialog reads like: ChatML's name of it, if it has one."""
+    """Returns the spelling of a token that structures a dialog: ChatML's, if it has one."""
     return SPECIAL_TOKENS.get(name, name)
 
 
@@ -183,13 +183,13 @@ def to_ids(
     if no text had spelled a special token.
 
     Args:
-      pieces: of the dialog, or of a part of one.
-      vocabulary: of the tokenizer.
-      pads: as above.
-      place: where the first piece stands.
+      pieces: the pieces of the dialog, or of a part of one.
+      vocabulary: the vocabulary of the tokenizer.
+      pads: the number of pad tokens of each image or video.
+      place: the position of the first piece.
 
     Raises:
-      ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.
+      ValueError: the number of pad counts is not that of images and videos, or the tokenizer has no tokens for these.
     """
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):

@@ -83,15 +83,13 @@ class Vocabulary:
     embedding is often padded), has no bytes.
 
     `encode` never returns a token that structures a dialog, whoever wrote the text. Those tokens are in `special`; templates put
-    them between texts (`template.to_ids`). Some have properties of their own, `end_of_text` to `video_pad`: `ABSENT`, which no
-    text has, where a tokenizer lacks one. The bytes of these are ChatML's spelling, by which parsers, rewards and transcripts
-    know them, whatever the tokenizer calls them.
+    them between texts (`template.to_ids`). Some are also properties, `im_start` to `video_pad`, which are `ABSENT` where a
+    tokenizer lacks the token. Their bytes are ChatML's spelling, by which parsers, rewards and transcripts know them,
+    whatever the tokenizer calls them.
     """
 
     tokenizer: PreTrainedTokenizerFast
-    encoders: Mapping[
-        Place, Tokenizer
-    ]  # the same tokenizer, for which the spelling of a special token is ordinary text
+    encoders: Mapping[Place, Tokenizer]  # copies that read the spelling of a special token as ordinary text
     table: TokenBytes
     layout: Layout  # how dialogs are written
     special: Mapping[str, int]  # name, as in `Layout.special` -> id
@@ -104,7 +102,7 @@ class Vocabulary:
         """Reads a tokenizer with its chat template; ChatML's or Llama 3's if it has none, but their tokens.
 
         Raises:
-          TypeError: it is no fast tokenizer.
+          TypeError: the tokenizer is not a fast one.
           ValueError: its tokens are not bytes, its chat template cannot be used, or it lacks a special token or a digit. Of the
             four tokens of images and videos in ChatML it may lack all, not some.
         """
@@ -121,7 +119,7 @@ class Vocabulary:
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
                 )
         single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
-        for index in single.values():  # a byte may have a token of its own beside that of the character
+        for index in single.values():  # a byte may have a token besides that of the character
             written = encoders[Place.TEXT].encode(tokens[index].decode("latin-1"), add_special_tokens=False).ids
             if len(written) == 1 and tokens[written[0]] == tokens[index]:
                 single[tokens[index]] = written[0]
@@ -157,11 +155,11 @@ class Vocabulary:
         """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
 
         Args:
-          text: of any length.
-          place: where it stands.
+          text: any text.
+          place: its position in the dialog.
 
         Raises:
-          ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer encodes a special token in spite of that.
+          ValueError: the text is not Unicode (half a surrogate pair), or the tokenizer makes a special token of it.
         """
         # System prompts, tags and sentences repeat in every row. Encoding them again would take half of the time of making a row.
         ids = self.known.get((place, text))
@@ -186,16 +184,16 @@ class Vocabulary:
 
 
 def read_layout(tokenizer: PreTrainedTokenizerFast) -> Layout:
-    """How the chat template of a tokenizer writes dialogs.
+    """Reads the layout of dialogs from the chat template of a tokenizer.
 
     Raises:
-      ValueError: it cannot be used, or there is none, nor the tokens of ChatML or Llama 3.
+      ValueError: the template cannot be used; or there is none, and the tokenizer lacks the tokens of ChatML and Llama 3.
     """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     chatml = {text: name for name, text in SPECIAL_TOKENS.items()}
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     special = [text for text, token in added.items() if token.special or text in chatml or text in named.values()]
-    special = [text for text in special if text not in MARKS]  # which turns are written with, so that they are text
+    special = [text for text in special if text not in MARKS]  # marks of calls are parts of turns, which are text
     visual = [SPECIAL_TOKENS[name] for name in VISUAL_TOKENS]
     missing = [text for text in visual if text not in special]
     if 0 < len(missing) < len(visual):
@@ -259,7 +257,7 @@ def text_encoders(tokenizer: PreTrainedTokenizerFast, special: Collection[str]) 
 
 
 def _without_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or a pre-tokenizer that puts no space before a text."""
+    """Returns a normalizer or a pre-tokenizer without the space that it puts before a text."""
     if part is None or part["type"] == "Prepend":
         return None
     for name in ("normalizers", "pretokenizers"):
@@ -270,7 +268,7 @@ def _without_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     return part | {"add_prefix_space": False} if part.get("add_prefix_space") else part
 
 
-SPACE = "\u2581"  # what tokens of SentencePiece have for a space
+SPACE = "\u2581"  # stands for a space in tokens of SentencePiece
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -278,7 +276,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """Returns the bytes of every token id of a fast tokenizer; b"" for ids that are not used.
 
     Raises:
-      TypeError: it is no fast tokenizer.
+      TypeError: the tokenizer is not a fast one.
       ValueError: its tokens are not bytes: it is neither byte-level nor one of SentencePiece that falls back to bytes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -326,17 +324,17 @@ def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = list(SPECIAL_TOKENS.values())
-    seen = set()
+    checked = set()
     for piece in pieces:
         if len(piece.encode()) < 2:
             raise ValueError(f"piece {piece!r} is shorter than two bytes: every single byte is a token already")
-        if piece in seen:
+        if piece in checked:
             raise ValueError(f"piece {piece!r} is given twice")
         if inside := [token for token in special if token in piece]:
             raise ValueError(
                 f"piece {piece!r} contains the special token {inside[0]}, which is always a token of its own"
             )
-        seen.add(piece)
+        checked.add(piece)
 
     vocabulary = {character: byte for character, byte in byte_alphabet().items()}
     for piece in pieces:

@@ -28,7 +28,7 @@ def unrecognised_turns(text: str, language: Language) -> list[str]:
 
     Args:
       text: all text of the policy, special tokens written out.
-      language: of the rollout.
+      language: the language of the rollout.
     """
     *ended, rest = text.split(END.decode())
     turns = ended + ([rest] if any(known.closing in rest for known in FORMATS.values()) else [])

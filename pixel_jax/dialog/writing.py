@@ -29,7 +29,7 @@ def write_call(
       label: what the call is about, for formats that have a key for it.
 
     Raises:
-      UnwritableError: the format cannot write it.
+      UnwritableError: the format cannot write the call.
     """
     names = [x.name for x in language.tools]
     if tool not in names:
@@ -38,25 +38,25 @@ def write_call(
     pairs = [pair for x in spelling.arguments if (pair := _member(language, x, values[x.argument], size))]
     members = dict(pairs)
     if spelling.label is not None and label:
-        # It is not looked at, so where no "<" can be written, one that looks like it is as good.
+        # Parsers ignore the label, so where "<" cannot be written a similar character replaces it.
         members[spelling.label] = label.replace("<", "\u2039") if language.format.body == Body.TAGS else label
     return write_members(language.format, spelling.name, members)
 
 
 class Json(str):
-    """The text of a value that is no text."""
+    """JSON text of a value that is not a string."""
 
 
 def write_members(call_format: CallFormat, name: str | None, members: Mapping[str, str | Json]) -> str:
     """Returns the text of a call.
 
     Args:
-      call_format: of the call.
+      call_format: the format of the call.
       name: None: the format's calls have none.
       members: values by key: texts, or JSON.
 
     Raises:
-      UnwritableError: the format cannot write it.
+      UnwritableError: the format cannot write the call.
     """
     opening, closing = call_format.opening, call_format.closing
     if call_format.body == Body.TAGS:
@@ -73,17 +73,19 @@ def write_members(call_format: CallFormat, name: str | None, members: Mapping[st
 
 def _member(language: Language, spelled: Spelled, value: Any, size: tuple[int, int]) -> tuple[str, str | Json] | None:
     """Returns key and value of an argument; None where calls do not write it."""
-    argument, known = spelled.written, language.format.name
+    argument, format_name = spelled.written, language.format.name
     if argument is None:
         if value != spelled.value:
-            raise UnwritableError(f"{spelled.argument} is always {spelled.value} in the format {known!r}, not {value}")
+            raise UnwritableError(
+                f"{spelled.argument} is always {spelled.value} in the format {format_name!r}, not {value}"
+            )
         return None
     if isinstance(argument, kinds.Box):
         return argument.name, Json(f"[{written_box(language, value, size)}]")
     if isinstance(argument, kinds.Choice):
         index = value - spelled.add if isinstance(value, int) else argument.options.index(value)
         if not 0 <= index < len(argument.options):
-            raise UnwritableError(f"{spelled.argument} {value} has no name in the format {known!r}")
+            raise UnwritableError(f"{spelled.argument} {value} has no name in the format {format_name!r}")
         return argument.name, argument.options[index]
     if isinstance(argument, kinds.Integers):
         return argument.name, Json(json.dumps(list(value)))

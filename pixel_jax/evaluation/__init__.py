@@ -1,1 +1,1 @@
-"""Scores, intervals and pages: how a trained model is judged and looked at."""
+"""Evaluation of trained models: answers, scores with intervals, transcripts and report pages."""

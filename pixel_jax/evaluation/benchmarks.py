@@ -24,8 +24,8 @@ from pixel_jax.training.answers import references_of
 
 Folders = Sequence[str]
 Read = Callable[[pathlib.Path, pathlib.Path | None, Folders], tuple[list[Example], str | None]]
-MOST_SECONDS = 1e6  # of a video: eleven days
-USUAL_SECONDS = 1.0  # that two frames cover, as the released code tells the model of every video
+MOST_SECONDS = 1e6  # longest video: eleven days
+USUAL_SECONDS = 1.0  # time that two frames cover: the released code states it for every video
 
 
 class BenchmarkError(ValueError):
@@ -35,7 +35,7 @@ class BenchmarkError(ValueError):
 def read_vstar(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
-    """V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category."""
+    """Reads V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category."""
     path = data / "test_questions.jsonl" if data.is_dir() else data
     examples = []
     for where, row in _json_lines(path):
@@ -56,7 +56,7 @@ def read_vstar(
 def read_tallyqa(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
-    """TallyQA-Complex: the rows of `test.json` (or `train.json`) whose `issimple` is false."""
+    """Reads TallyQA-Complex: the rows of `test.json` (or `train.json`) whose `issimple` is false."""
     path = data / "test.json" if data.is_dir() else data
     examples = []
     for where, row in _json_list(path, read_json(path, error=BenchmarkError)):
@@ -78,7 +78,7 @@ def read_tallyqa(
 def read_infovqa(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
-    """InfographicVQA (`infographicsVQA_val_v1.0_withQT.json` and its like): the released test split has no answers."""
+    """Reads InfographicVQA (`infographicsVQA_val_v1.0_withQT.json` and its like): the released test split has no answers."""
     document = read_json(data, error=BenchmarkError)
     get = _fields(str(data), document if isinstance(document, dict) else {})
     split, examples = get("dataset_split", str), []
@@ -100,7 +100,7 @@ def read_infovqa(
     return examples, split
 
 
-# Folder under video/, and whether the question is about a part of the video only. Names of the files follow the task's.
+# By task: the folder under video/, and whether questions are about a part of the video only.
 MVBENCH = {
     "Action Sequence": ("star/Charades_v1_480", True),
     "Action Prediction": ("star/Charades_v1_480", True),
@@ -128,7 +128,7 @@ MVBENCH = {
 def read_mvbench(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
-    """MVBench (`OpenGVLab/MVBench`): a folder with `json/` (a file a task) and `video/`; the tasks that are there.
+    """Reads MVBench (`OpenGVLab/MVBench`), a folder with `json/` (a file a task) and `video/`: the tasks that are there.
 
     Options are lettered below the question, and the letter is the answer, as in the prepared data.
     """
@@ -169,7 +169,7 @@ def read_mvbench(
 def read_prepared(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
-    """The Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid.
+    """Reads the Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid.
 
     Their `images.zip` may lie in the folder of the images as it is. The category is the `qid` up to its first "-", as in the
     released evaluation.
@@ -193,7 +193,7 @@ def read_own(
     language: Language = RELEASED_LANGUAGE,
     pictures: bool = True,
 ) -> tuple[list[Example], None]:
-    """A folder of one's own (`pixel_jax.data.own`), its videos shown as in training."""
+    """Reads data of the user's own (`pixel_jax.data.own`); its videos are shown as in training."""
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
     examples = own.read_own(data, image_folders=others, columns=columns, language=language, pictures=pictures)
@@ -224,7 +224,7 @@ def read(
     language: Language = RELEASED_LANGUAGE,
     pictures: bool = True,
 ) -> tuple[list[Example], str]:
-    """The questions of a benchmark, in their order, and their split.
+    """Reads the questions of a benchmark, in their order, and their split.
 
     Args:
       kind: a key of `READERS`.
@@ -234,8 +234,8 @@ def read(
       columns: names of our fields in data of the user's own.
       split: the split, where the files do not name it; by default a test set.
       sample: the number of questions to draw (the authors' TallyQA has 3,200 of 15,598); None: all.
-      seed: of the sample.
-      language: of the calls in conversations of the user's own data.
+      seed: the seed of the sample.
+      language: the language of the calls in conversations of the user's own data.
       pictures: whether questions of the user's own need them; those for a language model may have none.
 
     Raises:
@@ -249,14 +249,14 @@ def read(
     reader = READERS[kind]
     if kind == "jsonl":
         reader = functools.partial(read_own, columns=columns, language=language, pictures=pictures)
-    questions, said = reader(data, images, image_folders)
-    if said is not None and split is not None and said != split:
-        raise BenchmarkError(f"{data} is the split {said!r}, the config says {split!r}")
-    seen: set[str] = set()
+    questions, stated_split = reader(data, images, image_folders)
+    if stated_split is not None and split is not None and stated_split != split:
+        raise BenchmarkError(f"{data} is the split {stated_split!r}, the config says {split!r}")
+    ids: set[str] = set()
     for question in questions:
-        if question.id in seen:
+        if question.id in ids:
             raise BenchmarkError(f"{data} has two questions of the id {brief(question.id)}")
-        seen.add(question.id)
+        ids.add(question.id)
         if not question.answer:
             raise BenchmarkError(f"{data}: question {brief(question.id)} has no answer")
     if not questions:
@@ -264,7 +264,7 @@ def read(
     if sample is not None and sample < len(questions):
         chosen = np.random.default_rng(seed).choice(len(questions), sample, replace=False)
         questions = [questions[i] for i in sorted(chosen)]
-    return questions, said or split or "test"
+    return questions, stated_split or split or "test"
 
 
 def _image(where: str, name: str, folder: pathlib.Path, others: Folders, *, directory: bool = False) -> pathlib.Path:
@@ -272,7 +272,7 @@ def _image(where: str, name: str, folder: pathlib.Path, others: Folders, *, dire
 
 
 def _texts(where: str, name: str, values: Any) -> tuple[str, ...]:
-    """The texts and numbers of a list, as texts."""
+    """Returns the texts and numbers of a list as texts."""
     if not isinstance(values, list) or not all(isinstance(x, str | int | float) for x in values):
         raise BenchmarkError(f"{where}: {name!r} is {brief(values)}, not a list of texts")
     return tuple(map(str, values))

@@ -33,7 +33,7 @@ RELEASED = RolloutConfig(
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """One benchmark: its files, its scorer, and the static shapes its questions are run in.
+    """The settings of a benchmark: its files, its scorer, and the batch shapes of its questions.
 
     A question runs in the first bucket that holds it; images that fit no bucket are shrunk, which is counted. Without buckets
     shapes are worked out from the sizes of the images and the lengths of the questions.
@@ -41,14 +41,13 @@ class BenchmarkConfig:
 
     format: Literal["vstar", "tallyqa", "infovqa", "mvbench", "prepared", "jsonl"]  # `pixel_jax.evaluation.benchmarks`
     data: str | None = None  # file or folder; None leaves the benchmark out
-    images: str | None = (
-        None  # folder of the images (prepared: or of their images.zip), if they do not lie beside the data
-    )
-    image_folders: tuple[str, ...] = ()  # where else than there images may lie: ("/",) allows all that the data names
+    # Folder of the images (prepared: or of their images.zip), if they do not lie beside the data.
+    images: str | None = None
+    image_folders: tuple[str, ...] = ()  # other folders in which images may lie: ("/",) allows all that the data names
     # What data of one's own ("jsonl", which may be Parquet, too) calls our fields: {"question": "prompt"}.
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
-    sample: int | None = None  # so many questions, drawn at random
+    sample: int | None = None  # number of questions to draw at random; None: all
     scorer: ScorerConfig = ScorerConfig()
     # (images, height and width of the largest, tokens of the prompt) of each. None: worked out from the questions.
     buckets: tuple[Bucket, ...] | None = None
@@ -62,17 +61,16 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation of one model. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
+    """The settings of an evaluation. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
     model: str  # directory
     out: str  # run directory; what is in it already is not done again
-    benchmarks: dict[str, BenchmarkConfig]  # by a name of one's own, in the order in which they are asked
+    benchmarks: dict[str, BenchmarkConfig]  # by any names, in the order in which they are asked
     modes: tuple[Mode, ...] = ("operations",)  # the others are compared with the first
     rollout: RolloutConfig = RELEASED  # `group_size` is the k of Avg@k
-    tools: tuple[str, ...] = (
-        DEFAULT  # what the model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
-    )
-    host_tools: HostToolsConfig = HostToolsConfig()  # those of them that run on the host
+    # What the model may call: names of shipped tools, or module:name (`pixel_jax.tools.named`).
+    tools: tuple[str, ...] = DEFAULT
+    host_tools: HostToolsConfig = HostToolsConfig()  # settings of the tools that run on the host
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)  # of each process's own devices; none: one device
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process

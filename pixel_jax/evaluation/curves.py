@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, readable at half a page's width, in print and on dark screens."""
+"""Draws line charts as inline SVG, readable at half a page's width, in print and on dark screens."""
 
 import html
 import math
@@ -9,13 +9,13 @@ Points = Sequence[tuple[float, float]]
 COLORS = ("#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a")
 WIDTH, HEIGHT = 460, 250  # of a panel
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 34, 40  # margins around the plane of a panel
-TICKS = 5  # about as many along an axis
+TICKS = 5  # ticks along an axis, about
 FEW = 40  # points of a line that are marked one by one
 MOST = 600  # points of a line that are drawn; of more, means of neighbours
 
 
 def ticks(low: float, high: float, count: int = TICKS, *, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, about `count` of them, in steps of 1, 2 or 5 times a power of ten.
+    """Returns about `count` round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of ten.
 
     With `whole` they are integers.
     """
@@ -32,25 +32,25 @@ def _step(rough: float) -> float:
 
 
 def label(value: float) -> str:
-    """A number beside an axis."""
+    """Writes a number beside an axis."""
     return f"{value:.0f}" if abs(value) >= 10 and value == round(value) else f"{value:.4g}"
 
 
 def thinned(points: Points) -> Points:
-    """At most `MOST` points: means of equally many neighbours."""
+    """Reduces points to at most `MOST`, which are means of equally many neighbours."""
     size = max(1, -(-len(points) // MOST))
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[float, float] | None = None) -> str:
-    """One chart as an `<svg>` element; points that are not finite are left out.
+    """Draws one chart as an `<svg>` element; points that are not finite are left out.
 
     Args:
-        title: of the chart.
+        title: the title of the chart.
         lines: label -> points (x, y), by rising x.
-        x_label: of the x axis.
-        bounds: of the y axis; None: those of the points.
+        x_label: the label of the x axis.
+        bounds: the bounds of the y axis; None: those of the points.
     """
     lines = {name: thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in lines.items()}
     every = [point for points in lines.values() for point in points]
@@ -59,7 +59,7 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
     y_low, y_high = bounds or (min(ys), max(ys))
     if y_high - y_low < 1e-12 * max(abs(y_high), 1e-12):  # a level line lies in the middle
         margin = max(abs(y_low), abs(y_high)) / 2
-        margin = margin if margin > 1e-300 else 0.5  # half of the smallest numbers is nothing
+        margin = margin if margin > 1e-300 else 0.5  # half of a subnormal number may be 0
         y_low, y_high = y_low - margin, y_high + margin
 
     def place_x(x: float) -> float:
@@ -100,7 +100,7 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
 def curves(
     panels: Mapping[str, Mapping[str, Points]], x_label: str, bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> str:
-    """Charts next to each other, in as many columns as the page holds; `bounds` of y by title."""
+    """Draws charts next to each other, in as many columns as the page holds; `bounds` has those of y by title."""
     bounds = bounds or {}
     drawn = [panel(title, lines, x_label, bounds.get(title)) for title, lines in panels.items()]
     return f'<div class="curves">{"".join(drawn)}</div>'

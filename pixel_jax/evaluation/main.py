@@ -25,7 +25,7 @@ from pixel_jax.terminal import print_table, say, table, warn
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
-MODE = "operations"  # in which checkpoints are compared
+MODE = "operations"  # the mode in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:
@@ -253,7 +253,7 @@ def complete_records(directory: pathlib.Path, count: int) -> list[dict[str, Any]
     """The records of a benchmark in a mode.
 
     Raises:
-        UserError: they are fewer than `count`, the number of questions.
+        UserError: there are fewer than `count`, the number of questions.
     """
     from pixel_jax.evaluation.results import read_records
 
@@ -308,8 +308,8 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
     mode, chosen = comparable(directories)
     records = {run: {name: read_records(path) for name, path in parts.items()} for run, parts in chosen.items()}
     scores: dict[str, dict[str, Any]] = {}
-    for run, found in records.items():
-        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in found.items()}
+    for run, benchmarks in records.items():
+        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in benchmarks.items()}
         # Every benchmark counts alike, however many questions it has.
         scores[run] = {"mean": sum(x["mean"] for x in each.values()) / len(each), "benchmarks": each}
     best = max(scores, key=lambda run: scores[run]["mean"])  # the first of equals
@@ -327,7 +327,7 @@ def comparable(directories: Sequence[str]) -> tuple[str, dict[str, dict[str, pat
     """The mode in which runs are compared, and {run: {benchmark: directory}} in that mode.
 
     Raises:
-        UserError: they cannot be compared.
+        UserError: the runs cannot be compared.
     """
     from pixel_jax.identity import read_settings
 

@@ -1,4 +1,4 @@
-"""HTML pages: one self-contained file of numbers, curves and transcripts. Foreign text is escaped."""
+"""Writes HTML pages, self-contained files of numbers, curves and transcripts. Foreign text is escaped."""
 
 import html
 import json
@@ -15,12 +15,12 @@ VERDICTS = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</
 
 
 def text(value) -> str:
-    """A value as escaped HTML text."""
+    """Writes a value as escaped HTML text."""
     return html.escape(str(value), quote=True)
 
 
 def figure(picture: Picture, *, width: int) -> str:
-    """A picture, `width` CSS pixels wide, with its boxes."""
+    """Draws a picture, `width` CSS pixels wide, with its boxes."""
     boxes = []
     wide, high = int(picture.width), int(picture.height)
     line = max(wide, high) / 150
@@ -40,7 +40,7 @@ def figure(picture: Picture, *, width: int) -> str:
 
 
 def turn(item: ShownTurn, number: int) -> str:
-    """One turn; `number` is that of the last call made."""
+    """Draws a turn; `number` is that of the last call made."""
     color = COLORS[(number - 1) % len(COLORS)] if number else "#555"  # of calls 1, 2, ...
     name = "model" if item.role == "assistant" else f"operation {number}"
     pictures = "".join(figure(picture, width=140) for picture in item.pictures)
@@ -58,7 +58,7 @@ def terms(item: Transcript) -> str:
 
 
 def transcript(item: Transcript) -> str:
-    """A conversation: the images with every box, the model's first view of them, then each turn."""
+    """Draws a conversation: the images with every box, the model's first view of them, then each turn."""
     known = [
         text(item.question) if item.title else "",
         "" if item.answer is None else f"answer {text(item.answer)}",
@@ -84,12 +84,12 @@ def transcript(item: Transcript) -> str:
 
 
 def traces_page(traces: Sequence[Transcript], title: str = "Traces") -> str:
-    """A page of transcripts."""
+    """Makes a page of transcripts."""
     return page(title, [("", "".join(transcript(item) for item in traces))])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> str:
-    """A table with escaped cells. The `style` "facts" is for words; other tables hold numbers."""
+    """Makes a table with escaped cells. The `style` "facts" is for words; other tables hold numbers."""
 
     def cells(row: Sequence, tag: str) -> str:
         return "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
@@ -100,17 +100,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> 
 
 
 def folded(head: str, content: str, *, unfolded: bool = False) -> str:
-    """HTML content that a click on `head` unfolds."""
+    """Folds HTML content, which a click on `head` unfolds."""
     return f"<details{' open' if unfolded else ''}><summary>{text(head)}</summary>{content}</details>"
 
 
 def paragraph(words: str) -> str:
-    """A paragraph of escaped text."""
+    """Makes a paragraph of escaped text."""
     return f"<p>{text(words)}</p>"
 
 
 def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None = None) -> str:
-    """A whole page from (heading, HTML) sections, with `data` embedded as JSON for other programs."""
+    """Makes a whole page from (heading, HTML) sections, with `data` embedded as JSON for other programs."""
     css = resources.files("pixel_jax.evaluation").joinpath("report.css").read_text("utf-8")
     body = "".join((f"<h2>{text(head)}</h2>" if head else "") + content for head, content in sections)
     numbers = ""
@@ -127,5 +127,5 @@ def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None =
 
 
 def write(path: str | os.PathLike, content: str) -> None:
-    """Write a page whole or not at all."""
+    """Writes a page whole or not at all."""
     write_file(path, content)

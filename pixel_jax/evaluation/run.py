@@ -1,4 +1,4 @@
-"""Evaluation of a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
+"""Evaluates a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
 
 import contextlib
 import dataclasses
@@ -69,24 +69,24 @@ def evaluate(
 
     Args:
       policy: the model, its vocabulary and tables.
-      questions: of the benchmark.
+      questions: the questions of the benchmark.
       exam: the settings of the benchmark and of the rollout.
-      directory: of the results; an interrupted run goes on there.
+      directory: the directory of the results; an interrupted run goes on there.
       settings: further settings that identify the run: the model, the split.
       shard: (process, processes): the share is every `processes`-th question from `process` on.
-      digests: of the images, which identify them; by default kept in `directory`.
-      scorer: by default that of `exam.benchmark.scorer`.
+      digests: the cache of digests of the images; by default a file in `directory`.
+      scorer: the scorer; by default that of `exam.benchmark.scorer`.
       stages: the functions that a batch goes through.
-      label: of the progress line.
+      label: the label of the progress line.
     """
     directory, (process, processes) = pathlib.Path(directory), shard
     (directory / "traces").mkdir(parents=True, exist_ok=True)
     answered = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
-    mine = range(process, len(questions), processes)
+    indices = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
-        pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
+        pictures = dict(zip(indices, digest_sources([questions[i].images for i in indices], digests), strict=True))
     check_pictures(directory, questions, answered, pictures)
-    results, todo = Results(directory, process), [i for i in mine if i not in answered]
+    results, todo = Results(directory, process), [i for i in indices if i not in answered]
     if not todo:
         return
     context = EvaluationContext(policy, exam, directory, len(questions), scorer)
@@ -99,8 +99,8 @@ def evaluate(
     n = context.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in assigned.items() if i not in runnable)
     progress, finished = ProgressLine(label, len(todo)), len(todo) - len(runnable)
-    # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
-    scores = [float(np.mean(answered[i]["score"])) for i in mine if i in answered] + [0.0] * finished
+    # The scores of all questions so far, with those that an earlier start answered and those that could not be asked.
+    scores = [float(np.mean(answered[i]["score"])) for i in indices if i in answered] + [0.0] * finished
     for loaded in load_batches(questions, runnable, exam.batch):
         records = answer_batch(context, stages, questions, runnable, loaded)
         keep(records)
@@ -203,8 +203,8 @@ def answer_batch(
     queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
     if queries:
-        asked = QuestionBatch(
+        batch = QuestionBatch(
             list(queries), [questions[i] for i in queries], list(queries.values()), [assigned[i] for i in queries]
         )
-        records += stages.record(context, stages.judge(context, stages.answer(context, asked)))
+        records += stages.record(context, stages.judge(context, stages.answer(context, batch)))
     return records

@@ -44,12 +44,12 @@ class Policy(NamedTuple):
 
     model: Model
     vocabulary: Vocabulary
-    tables: Tables  # of the vocabulary, the same for every call: they are part of the compiled program's identity
+    tables: Tables  # the same object for every call, because compiled programs are cached by it
 
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """How the questions of a benchmark are asked, and how many answers are kept as transcripts."""
+    """The settings with which the questions of a benchmark are asked, and the number of transcripts that are kept."""
 
     benchmark: BenchmarkConfig
     rollout: RolloutConfig
@@ -86,11 +86,11 @@ class EvaluationContext:
         """Prepares the scorers and draws the questions whose transcripts are kept.
 
         Args:
-            policy: that answers.
+            policy: the model that answers.
             exam: the settings.
-            directory: of the results.
-            count: of all questions.
-            scorer: of the `score`, by default that of the benchmark; `accuracy` always uses the released scorer.
+            directory: the directory of the results.
+            count: the number of all questions.
+            scorer: the scorer of the `score`, by default that of the benchmark; `accuracy` always uses the released scorer.
         """
         self.policy, self.exam, self.directory = policy, exam, directory
         self.limits = exam.limits
@@ -135,7 +135,7 @@ def answer(
     """Asks the questions. An answer depends on the question's number, the seed and the limits, not on other questions.
 
     Args:
-        context: with the policy.
+        context: the context with the policy.
         asked: the questions.
         roll: a function in place of `rollout`; `functools.partial(answer, roll=...)` is a stage, too.
     """

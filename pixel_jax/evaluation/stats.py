@@ -51,8 +51,8 @@ def bootstrap(
       values: [n], of the questions.
       weights: [n]; None: all 1.
       bounds: the least and the largest possible value.
-      confidence: of the interval.
-      seed: of the resampling; equal seeds draw the same questions.
+      confidence: the confidence of the interval.
+      seed: the seed of the resampling; equal seeds draw the same questions.
 
     Returns:
       {"mean", "low", "high", "n"}; the mean is NaN where the weights sum to 0.

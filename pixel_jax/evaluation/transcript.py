@@ -61,20 +61,20 @@ class ShownTurn:
 
 @dataclasses.dataclass
 class Transcript:
-    """One conversation, ready to be drawn. `answer` and the fields below it are None where they are not known."""
+    """A conversation, ready to be drawn. `answer` and the fields below it are None where they are not known."""
 
     question: str
-    pictures: tuple[Picture, ...]  # what may be zoomed into, at full resolution
-    overview: tuple[Picture, ...]  # the same as the model saw it first
+    pictures: tuple[Picture, ...]  # the images of the question, at full resolution
+    overview: tuple[Picture, ...]  # the same images as the model saw them first
     turns: tuple[ShownTurn, ...]
     stop: str
     answer: str | None = None
     reference: str | None = None
     correct: bool | None = None
     title: str = ""
-    reward: float | None = None  # in training
+    reward: float | None = None  # known in training only
     advantage: float | None = None  # relative to the other rows of its group
-    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # of which the reward is the sum, by name
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # summands of the reward, by name
 
 
 LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
@@ -115,8 +115,8 @@ def make_transcript(
     Args:
         trajectories: on the host.
         row: index of the row.
-        query: that the row answers.
-        vocabulary: of the tokens.
+        query: the query that the row answers.
+        vocabulary: the vocabulary of the tokens.
         side: longest side of a picture in it, in pixels; larger ones are shrunk. None: no picture is.
         **known: further fields of the `Transcript`, `answer` and those below it.
     """
@@ -145,15 +145,14 @@ def make_transcript(
     turns = []
     for call, ids in enumerate(answered):
         turns.append(ShownTurn("assistant", written[call]))
-        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (
-            ids == vocabulary.image_pad
-        )  # the first of each image
-        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(pads))))
+        is_pad = ids == vocabulary.image_pad
+        first_pads = np.diff(is_pad, prepend=False) & is_pad  # the first pad token of each image
+        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(first_pads))))
         failed = t.calls.status[row, call] != CallStatus.DONE
         turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
         for image, region in zip(source.image, source.region, strict=True):
-            if image >= 0:  # of what a tool made, the picture shows enough
+            if image >= 0:  # else the region is of a picture that a tool made; no boxes are drawn on those
                 boxes[image].append((call + 1, *region))
     turns.append(ShownTurn("assistant", written[-1]))
     return Transcript(
@@ -231,15 +230,15 @@ def as_document(transcript: Transcript) -> dict[str, Any]:
 
 
 def save(path: str | os.PathLike, transcripts: Sequence[Transcript]) -> None:
-    """Write `transcripts` as one JSON file, whole or not at all."""
+    """Writes `transcripts` as one JSON file, whole or not at all."""
     write_file(path, json.dumps([*map(as_document, transcripts)]))
 
 
 def load(path: str | os.PathLike) -> list[Transcript]:
-    """The transcripts of a file that `save` wrote. The file may come from anywhere.
+    """Reads the transcripts of a file that `save` wrote. The file is not trusted.
 
     Raises:
-        FileError: anything in the file is not as `save` writes it.
+        FileError: the file is not as `save` writes it.
     """
     rows = read_json(path)
     if not isinstance(rows, list):

@@ -1,4 +1,4 @@
-"""All that can be set about the quickstart; `configs/pixel/quickstart.py` fills it in."""
+"""The settings of the quickstart; `configs/pixel/quickstart.py` has their values."""
 
 import dataclasses
 from typing import Literal
@@ -21,7 +21,7 @@ class HeldOutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """What the warm start of the lesson "zoom" is shown."""
+    """The traces of the warm start of the lesson "zoom"."""
 
     mix: synthesis.Mix = synthesis.Mix()
     video_share: float = 0.15  # of the traces
@@ -29,21 +29,21 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TurnsConfig:
-    """What the warm start of the lesson "turn" is shown."""
+    """The traces of the warm start of the lesson "turn"."""
 
-    direct: float = 0.4  # of the traces about cards on their side: answered without turning them
-    corrected: float = 0.2  # of the others: a wrong turn first
+    direct: float = 0.4  # share of the traces about cards on their side that answer without turning them
+    corrected: float = 0.2  # share of the others that turn the wrong way first
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """One seed: ground and read, warm start, reinforcement learning twice from there, evaluation."""
+    """The settings of a seed: ground and read, warm start, reinforcement learning twice from there, evaluation."""
 
     network: NetworkConfig
     scenes: SceneConfig
     ground: SFTConfig  # 1. write the box of the digit, read it
     ground_rows: int  # rows drawn for it
-    look_share: float  # of them that look closer; the rest read large digits
+    look_share: float  # share of these rows that look closer; the rest read large digits
     warm: SFTConfig  # 2. traces of all kinds
     warm_rows: int  # traces made for it
     rl: RLConfig  # 3. the two arms of the lesson change something about it
@@ -56,7 +56,7 @@ class QuickstartConfig:
 
     @property
     def temperatures(self) -> str:
-        """Those that reinforcement learning samples at, in words."""
+        """The temperatures at which reinforcement learning samples, in words."""
         limits = self.rl.rollout
         later = f", and at {limits.later_temperature:g} after the first call" if limits.later_temperature else ""
         return f"temperature {limits.temperature:g}{later}"

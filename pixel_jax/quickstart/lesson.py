@@ -29,15 +29,14 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """One quickstart. Its phases, its evaluation and its report follow from this value and from the configuration."""
+    """A quickstart as a value. Its phases, its evaluation and its report follow from this value and from the configuration."""
 
     title: str  # of the report
     introduction: str  # its first paragraph, without the number of scenes and the seeds
     tools: tuple[Tool, ...]
     questions: tuple[str, ...]
-    pieces: tuple[
-        str, ...
-    ]  # phrases of its dialogs that are one token each: the beginnings and ends of calls, and sentences
+    # Phrases of its dialogs that are one token each: the beginnings and ends of calls, and sentences.
+    pieces: tuple[str, ...]
     scene: Callable[..., Scene]  # (rng, split, scenes, hard=None); None draws hard scenes with the configured share
     is_hard: Callable[[Scene], bool]  # whether a scene needs the tool
     look_row: Callable[[np.random.Generator, SceneConfig], Trace]  # phase 1: uses the tool and reads
@@ -45,10 +44,10 @@ class Lesson:
     warm_start: Callable[[np.random.Generator, QuickstartConfig], Trace]  # a trace of phase 2
     most_calls: int  # of a trace
     most_images: int  # that a trace shows
-    hard: str  # what hard scenes are called in metrics, as in `accuracy_small`
+    hard: str  # name of hard scenes in metrics, as in `accuracy_small`
     easy: str
-    look: str  # what using the tool is called, as in `zoom_small`
-    opening: str  # how a turn that uses the tool begins
+    look: str  # name of the use of the tool in metrics, as in `zoom_small`
+    opening: str  # the beginning of a turn that uses the tool
     # Metrics of hard scenes in which the tool had to be used.
     measure: Callable[[Trajectories, Sequence[Scene]], dict[str, float]]
     arms: Mapping[str, Arm]  # two; the first is expected to win

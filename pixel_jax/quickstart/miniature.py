@@ -21,7 +21,7 @@ from pixel_jax.ops import host_crop_resize
 SIDE = 448  # pixels of a scene
 FRAME_SIDE = 224  # pixels of a clip's frame
 NUM_FRAMES = 4
-# How often each digit leads the numbers that people write down (Benford's law).
+# The frequency of each digit as the first digit of numbers in texts (Benford's law).
 BENFORD = (0.0, *(math.log10(1 + 1 / digit) for digit in range(1, 10)))
 CARD = (230, 40, 220)
 BAR = (25, 20, 70)  # along the top of a card that may lie on its side, so that one sees which way is up
@@ -32,7 +32,7 @@ SPLITS = {
     ),
     "test": ("rocket", "motorcycle"),
 }  # fmt: skip
-TINTS = 12  # times a training photograph is kept, each in another light and another way up
+TINTS = 12  # variants of each training photograph, with other colours and other orientations
 TRAIN_DIGITS = 1400  # of 1797 handwritten digits; the rest is held out
 QUESTION = "What is the digit on the card?"
 VIDEO_QUESTION = "What is the digit on the card in the video?"
@@ -76,8 +76,8 @@ class SceneConfig:
 def photographs(split: str) -> tuple[np.ndarray, ...]:
     """Loads the photographs of a split, uint8 [h, w, 3], whose short side is 480 to 640.
 
-    A training photograph comes in `TINTS` lights, mirrored and turned: without that, grounding learned on a dozen
-    photographs loses a third of its overlap on new ones.
+    Each training photograph has `TINTS` variants, with other colours, mirrored and turned: without them, boxes learned on a
+    dozen photographs lose a third of their overlap on new ones.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {sorted(SPLITS)}")
@@ -89,7 +89,7 @@ def photographs(split: str) -> tuple[np.ndarray, ...]:
 
 
 def _turn(i: int, photo: np.ndarray) -> np.ndarray:
-    """One of the eight ways to lay a photograph down; a copy, since a view of it that is cut out in rows is fast."""
+    """Makes one of the eight orientations of a photograph, as a contiguous copy, because crops of it are then fast."""
     photo = photo.swapaxes(0, 1) if i & 1 else photo
     photo = photo[:, ::-1] if i & 2 else photo
     return np.ascontiguousarray(photo[::-1] if i & 4 else photo)
@@ -117,7 +117,7 @@ def _short_side(photo: np.ndarray, least: int, most: int) -> np.ndarray:
 
 
 def _tint(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
-    """The photograph with its channels mixed, and another exposure and contrast."""
+    """Mixes the channels of a photograph, and changes its exposure and contrast."""
     mix = np.eye(3) + rng.normal(0, 0.35, (3, 3))
     mix *= rng.uniform(0.6, 1.2) / mix.sum(axis=1, keepdims=True).clip(0.5)
     return np.clip(photo @ mix.T.astype(np.float32) + rng.normal(0, 30), 0, 255).astype(np.uint8)

@@ -67,9 +67,9 @@ def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLCon
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program, kept on disk, and not sixty
+@functools.partial(jax.jit, static_argnums=0)  # one compiled program in the cache on disk, not sixty
 def new_model(config: Qwen2_5_VLConfig, key: jax.Array) -> Model:
-    """A random network whose every layer keeps the scale of its input (LeCun).
+    """Makes a random network in which every layer keeps the scale of its input (LeCun).
 
     The released initialiser, a standard deviation of .02 everywhere, suits a width of 3584. At a width of 96 the signal
     vanishes: no digit was read after 300 steps, in which this initialiser learned four of five.
@@ -86,5 +86,5 @@ def _rescale(path: str, weight):
     shape = weight.shape[-len(axes) :]
     std = 1.0 if "embed_tokens" in path else math.prod(shape[1:]) ** -0.5
     if any(name in path for name in ("o_proj", "down_proj", "attn']['proj", "attn.proj")):
-        std /= 2  # what is added to the residual stream
+        std /= 2  # the output is added to the residual stream
     return weight.replace(weight[...] * (std / INIT_STD))

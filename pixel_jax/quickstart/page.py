@@ -14,7 +14,7 @@ SMOOTH = 9  # iterations averaged in a curve
 
 
 def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript]) -> str:
-    """The whole report: numbers, curves, settings, transcripts of the first seed."""
+    """Writes the whole report: numbers, curves, settings, transcripts of the first seed."""
     seeds, lesson = metrics["seeds"], lesson_of(config)
     sections = [
         ("", introduction(config, seeds)),

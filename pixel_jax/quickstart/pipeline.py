@@ -1,4 +1,4 @@
-"""The phases of one seed. Each can be resumed, and one that is done leaves a JSON file and is not done again."""
+"""Runs the phases of one seed. A phase can be resumed; when it is done it writes a JSON file, and is not run again."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ from pixel_jax.training.sft import sft
 from pixel_jax.training.stages import Stages
 from pixel_jax.training.writers import read_metrics
 
-POLL = 1.0  # seconds between looks at the arms' progress
+POLL = 1.0  # seconds between two readings of the arms' progress
 
 
 def say(text: str) -> None:
@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 
 def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:
-    """The JSON object in the file `path`; if it is missing or damaged, `work` makes it, and its seconds are added."""
+    """Reads the JSON object in the file `path`; if it is missing or damaged, makes it by `work` and adds the seconds."""
     values = read_note(path, _is_timed)
     if values is None:
         began = time.monotonic()
@@ -66,7 +66,7 @@ def start_process(cache: pathlib.Path) -> None:
 
 
 def all_devices(rows: int) -> Mesh | None:
-    """A mesh of as many devices as divide the number of rows; None for one device."""
+    """Makes a mesh of the most devices that divide the number of rows; None for one device."""
     count = math.gcd(len(jax.devices()), rows)
     return make_mesh({"data": count}, jax.devices()[:count]) if count > 1 else None
 
@@ -170,7 +170,7 @@ def check_same(config: QuickstartConfig, path: pathlib.Path) -> None:
     """Checks that a directory belongs to this configuration: another one would mix two runs.
 
     Raises:
-        RunError: it belongs to another.
+        RunError: the directory belongs to another configuration.
     """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     begun = read_note(path)
@@ -256,8 +256,8 @@ class SideBySide(contextlib.ExitStack):
                 del self.running[phase]
                 if process.returncode:
                     log = self.directory / phase / "log.txt"
-                    said = f":\n{log.read_text()[-4000:]}" if log.exists() else "; what it said is above"
-                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{said}")
+                    output = f":\n{log.read_text()[-4000:]}" if log.exists() else "; what it said is above"
+                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{output}")
 
     def show(self) -> None:
         """Prints the progress if there is any."""

@@ -84,17 +84,16 @@ class Task:
 
         Args:
             make: index -> trace.
-            count: of traces.
-            images: that a trace shows at most.
+            count: the number of traces.
+            images: the most images that a trace shows.
         """
         # A trace may have more calls than a rollout, whose limit keeps updates cheap.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
         wide = BatchShape(limits.max_tokens, images, images, limits.merge_unit * (budget // limits.factor**2))
         waves: list[Future] = []
-        with ThreadPoolExecutor(
-            1
-        ) as pool:  # one wave is rendered, without the interpreter's lock, while the next is drawn
+        # One wave is rendered, without the interpreter's lock, while the next is drawn.
+        with ThreadPoolExecutor(1) as pool:
             for indices in batched(range(count), WAVE):
                 traces = [make(i) for i in indices]
                 wait(waves[-1:])
@@ -246,10 +245,10 @@ def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
     for row in picked[: task.config.evaluation.traces]:
         scene = task.held_out[row]
         query = scene_query(scene)
-        seen = take_rows(answers.trajectories, [row])
+        one_row = take_rows(answers.trajectories, [row])
         conversations.append(
             make_transcript(
-                materialize_on_host(seen, ragged([query.images]), task.tables.tools, task.config.rl.rollout),
+                materialize_on_host(one_row, ragged([query.images]), task.tables.tools, task.config.rl.rollout),
                 0,
                 query,
                 task.vocabulary,

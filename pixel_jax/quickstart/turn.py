@@ -77,7 +77,7 @@ def right_turns(trajectories: Trajectories, scenes: Sequence[Scene]) -> dict[str
 
 
 def arrangement(config: QuickstartConfig) -> list[str]:
-    """What the traces show and what the model must learn, in words."""
+    """Says what the traces show and what the model must learn."""
     return [
         f"{config.scenes.on_side:.0%} of the cards lie on their left or right side. A bar along their top says which way is "
         "up. In the first phase the network reads upright cards only, and learns which way to turn the others: as one that "

@@ -1,1 +1,1 @@
-"""Talking to a model: conversations as prompts, a rollout whose rows come and go, and the server of `pixel-jax serve`."""
+"""Conversations with models: their prompts, sessions to which rows are admitted while they run, and the HTTP server."""

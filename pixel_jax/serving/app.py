@@ -26,7 +26,7 @@ from pixel_jax.serving.metrics import CONTENT_TYPE, Metrics
 from pixel_jax.serving.protocol import Answer, ChatRequest, RequestError, read_request
 from pixel_jax.serving.session import Saw, Wrote
 
-BODY_SECONDS = 30.0  # in which a body must have come
+BODY_SECONDS = 30.0  # the time within which the body of a request must arrive
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 
@@ -34,12 +34,12 @@ AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 class Gate:
     """Accepts requests from a known Host and Origin, with the key if one is set.
 
-    A page in a browser can send requests to any address, also to one that a foreign name was made to mean (DNS rebinding):
-    its Host or Origin is foreign then.
+    A page in a browser can send requests to any address, also by a foreign name that resolves to it (DNS rebinding). Such a
+    request has a foreign Host or Origin.
 
     Args:
-      hosts: names that the server is called by, without ports, in lower case.
-      key: that requests must have, as `Authorization: Bearer KEY`. None: none.
+      hosts: names of the server, without ports, in lower case.
+      key: the key that requests must have, as `Authorization: Bearer KEY`. None: none.
     """
 
     def __init__(self, app: ASGIApp, hosts: Sequence[str], key: str | None, metrics: Metrics):
@@ -79,21 +79,21 @@ class Gate:
             if scheme not in (b"http", b"https") or not self._known(authority):
                 raise self._foreign("Origin", [origin])
         if self.key is not None and scope["path"] != "/health":
-            given = headers.get(b"authorization", [b""])[0]
-            if not hmac.compare_digest(given, b"Bearer " + self.key.encode()):
+            authorization = headers.get(b"authorization", [b""])[0]
+            if not hmac.compare_digest(authorization, b"Bearer " + self.key.encode()):
                 raise RequestError(
                     "send the server's API key as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
                 )
 
     def _known(self, authority: bytes) -> bool:
-        found = AUTHORITY.fullmatch(authority.decode("latin-1").lower())
-        return found is not None and found[1] in self.hosts
+        matched = AUTHORITY.fullmatch(authority.decode("latin-1").lower())
+        return matched is not None and matched[1] in self.hosts
 
     def _foreign(self, header: str, values: list[bytes]) -> RequestError:
-        given = b", ".join(values).decode("latin-1")[:100]
+        foreign = b", ".join(values).decode("latin-1")[:100]
         known = ", ".join(sorted(self.hosts))
         return RequestError(
-            f"the {header} {given!r} is none of this server's names ({known}): start it with --allowed_hosts to add one",
+            f"the {header} {foreign!r} is none of this server's names ({known}): start it with --allowed_hosts to add one",
             status=403,
             code="foreign_host",
         )
@@ -111,7 +111,7 @@ class Completions:
     def __init__(self, engine: Engine, speakers: Mapping[str, Speaker], body_bytes: int):
         self.engine, self.speakers, self.body_bytes = engine, speakers, body_bytes
         self.shapes = {name: session.shape for name, session in engine.sessions.items()}
-        # Images are decoded there; more at a time would only take more memory.
+        # Images are decoded in these threads; more of them would only take more memory.
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="requests")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,7 +197,7 @@ class Completions:
     async def _stream(
         self, answer: Answer, speaker: Speaker, events: AsyncIterator[Event], images: np.ndarray, send: Send
     ) -> None:
-        """Server-sent events: a chunk for each piece of text and each turn of a tool."""
+        """Sends server-sent events: a chunk for each piece of text and each turn of a tool."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
@@ -227,29 +227,29 @@ class Completions:
     async def _transcript(
         self, request: ChatRequest, speaker: Speaker, row: Trajectories[VisualRecord] | None, images: np.ndarray
     ) -> dict[str, Any] | None:
-        """The row of an answer with its pictures, as `pixel_jax.evaluation.transcript.Transcript` has it.
+        """Makes the transcript of an answer's row, as a document of `pixel_jax.evaluation.transcript.Transcript`.
 
-        `images`: `Images` [1] of its prompt, beside which lies what tools on the host have drawn.
+        `images` are the `Images` [1] of its prompt and, beside them, the pictures that tools on the host have drawn.
         """
         if row is None:
             return None
         query = request.prompt.query
 
         def drawn() -> dict[str, Any]:
-            seen = materialize_on_host(row, images, speaker.tables.tools, speaker.config)
-            return as_document(make_transcript(seen, 0, query, speaker.vocabulary))
+            materialized = materialize_on_host(row, images, speaker.tables.tools, speaker.config)
+            return as_document(make_transcript(materialized, 0, query, speaker.vocabulary))
 
         return await asyncio.get_running_loop().run_in_executor(self.threads, drawn)
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has disconnected."""
+    """Waits until the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _until(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> AsyncIterator[Event]:
-    """Events up to the last. ConnectionResetError: the client has disconnected."""
+    """Iterates over events up to the last. ConnectionResetError: the client has disconnected."""
     while True:
         event = asyncio.ensure_future(events.get())
         await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -262,7 +262,7 @@ async def _until(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> As
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body of a request. RequestError: it is no JSON, too long, or does not arrive in time."""
+    """Reads the body of a request. RequestError: it is no JSON, too long, or does not arrive in time."""
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -318,15 +318,15 @@ def make_app(
     body_bytes: int,
     created: Callable[[], float] = time.time,
 ) -> ASGIApp:
-    """The application that answers requests.
+    """Makes the application that answers requests.
 
     Args:
       engine: writes the answers.
       speakers: the models, by the names of the engine's sessions.
-      hosts: names that the server is called by, besides those of the loopback interface.
-      key: that requests must have; None: none.
+      hosts: names of the server besides those of the loopback interface.
+      key: the key that requests must have; None: none.
       body_bytes: the longest body of a request.
-      created: the time, in seconds since 1970, that models are said to be created at.
+      created: returns the time, in seconds since 1970, that responses state as the creation of models.
     """
     since = int(created())
 

@@ -1,8 +1,8 @@
 """A conversation, and the prompt made of it for the model's next answer.
 
 Of an earlier answer the prompt has the text of the last turn only: calls and observations are left out, as the chat templates of
-reasoning models leave out the reasoning of earlier answers. A conversation thus grows by what was said, and the model looks at
-images again where it has to. What people wrote is encoded as text: no part of it becomes a structural token.
+reasoning models leave out the reasoning of earlier answers. A conversation thus grows only by questions and final texts, and the
+model looks at images again where it has to. What people wrote is encoded as text: no part of it becomes a structural token.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ class Clip(NamedTuple):
     """A video of a conversation."""
 
     frames: Sequence[np.ndarray]  # uint8 [h, w, 3] each
-    seconds: float  # that two frames cover
+    seconds: float  # time that two frames cover
 
 
 Part = str | np.ndarray | Clip  # of a message: a text, an image uint8 [h, w, 3], or a video
 
 
 class Message(NamedTuple):
-    """A message of one side."""
+    """A message of a conversation."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -52,8 +52,8 @@ class Speaker:
 
     Args:
       model: the weights.
-      vocabulary: of its tokenizer.
-      tables: of the tools that it may call.
+      vocabulary: the vocabulary of its tokenizer.
+      tables: the tables of the tools that it may call.
       config: limits of a row and budgets of what is shown, with one row a prompt.
       guidelines: what follows each question, a key of `template.GUIDELINES`.
     """
@@ -66,7 +66,7 @@ class Speaker:
 
     @property
     def call_format(self) -> CallFormat:
-        """How the model writes its calls."""
+        """The format in which the model writes its calls."""
         return self.tables.parser.language.format
 
 
@@ -77,18 +77,18 @@ class Prompt(NamedTuple):
     ids: list[int]
 
     def placed(self, speaker: Speaker, shape: BatchShape, uid: int = 0) -> HostPrompts:
-        """The arrays that a rollout of prompts of `shape` admits. PromptError: they do not fit."""
+        """Makes the arrays that a rollout of prompts of `shape` admits. PromptError: the prompt does not fit."""
         return place_prompts([self.query], [self.ids], speaker.tables, speaker.config, shape=shape, uids=[uid])
 
 
 def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
-    """The prompt for the answer to the last message, which is the user's.
+    """Makes the prompt for the answer to the last message, which is the user's.
 
     A system message is added to the one that says how tools are called. The first question alone, its images in front, has
     the ids that evaluation and training give it (`prompt_tokens`).
 
     Raises:
-      PromptError: nobody asks anything, roles do not take turns, there are several videos or a video beside images, or an
+      PromptError: there is no question, roles do not take turns, there are several videos or a video beside images, or an
         image cannot be shown.
     """
     system = [message for message in messages if message.role == "system"]
@@ -123,7 +123,7 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
 
 
 def _query(spoken: Sequence[Message]) -> Query:
-    """The last question, about the images or the one video of all messages."""
+    """Makes the query of the last question, about the images or the one video of all messages."""
     shown = [part for message in spoken for part in message.parts if not isinstance(part, str)]
     clips = [part for part in shown if isinstance(part, Clip)]
     if clips and len(shown) > 1:
@@ -135,7 +135,7 @@ def _query(spoken: Sequence[Message]) -> Query:
 
 
 def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
-    """A message as templates take it: a question is followed by the guidelines, an answer is its last turn."""
+    """Writes a message as templates take it: a question with the guidelines behind it, of an answer its last turn."""
     if message.role == "assistant":
         return {"role": "assistant", "content": last_turn(message.text, call_format)}
     parts: list[dict[str, Any]] = []

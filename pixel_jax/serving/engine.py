@@ -18,18 +18,18 @@ from pixel_jax.serving.session import Reader, Saw, Session, Wrote
 
 
 class BusyError(Exception):
-    """As many requests as are allowed are being worked on."""
+    """Raised for a request beyond the number that may be worked on at a time."""
 
 
 class ClosedError(Exception):
-    """The engine takes no more requests: it was told to end, or has failed."""
+    """Raised when the engine takes no more requests, because it is closing or has failed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """The last event of a job."""
 
-    row: Trajectories[VisualRecord] | None  # its record, where the job asked for it
+    row: Trajectories[VisualRecord] | None  # the record of its row, if the job asked for it
     error: Exception | None = None  # why there is no answer
 
 
@@ -63,7 +63,7 @@ class Engine:
     """Sessions by the name of their model, advanced by a thread of its own.
 
     Args:
-      sessions: of each model. Those of equal shapes share their compiled programs.
+      sessions: the session of each model. Sessions of equal shapes share their compiled programs.
       limit: jobs at a time, written or waiting; `enter` refuses more.
       budget: tokens that rows write before jobs are admitted and rows are read again.
     """
@@ -83,7 +83,7 @@ class Engine:
         self._thread.start()
 
     def enter(self) -> None:
-        """Counts a request, before its body is read, against the limit; `leave` ends that.
+        """Counts a request against the limit, before its body is read, until `leave` is called.
 
         Raises:
           BusyError: the limit is reached.
@@ -97,7 +97,7 @@ class Engine:
             self._entered += 1
 
     def leave(self) -> None:
-        """Counts a request no longer, once its whole answer has been sent."""
+        """Ends the counting of a request, when its whole answer has been sent."""
         with self._changed:
             self._entered -= 1
             self._changed.notify_all()
@@ -158,7 +158,7 @@ class Engine:
                         session.advance(self.budget)
                         self._read(name, session)
                         self.metrics.advances.observe(time.monotonic() - started)
-        except Exception as error:  # of the runtime: the donated state is lost, so nothing can go on
+        except Exception as error:  # the donated state is lost, so no session can go on
             logging.exception("the engine has failed")
             with self._changed:
                 self.failed = error

@@ -108,29 +108,31 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def bracketed(host: str) -> str:
-    """An address as URLs have it."""
+    """Writes an address as URLs do: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def named_directories(arguments: Sequence[str]) -> Mapping[str, str]:
-    """The directories by the names of their models: NAME=DIR, or the folder's own name. UserError: two have one name."""
-    found: dict[str, str] = {}
+    """Reads NAME=DIR arguments: name -> directory; by default the folder's name. UserError: two have one name."""
+    directories: dict[str, str] = {}
     for argument in arguments:
         name, sign, directory = argument.partition("=")
         if not sign:
             name, directory = pathlib.Path(argument).resolve().name, argument
         if not name or not directory:
             raise UserError(f"{argument!r} is no NAME=DIR")
-        if name in found:
-            raise UserError(f"two models are called {name!r}, {found[name]} and {directory}: name one as NAME=DIR")
-        found[name] = directory
-    return found
+        if name in directories:
+            raise UserError(
+                f"two models are called {name!r}, {directories[name]} and {directory}: name one as NAME=DIR"
+            )
+        directories[name] = directory
+    return directories
 
 
 def with_sampling(speaker: "Speaker") -> "Speaker":
     """The same model, sampled as --top_p and --top_k say."""
-    given = {name: value for name in ("top_p", "top_k") if (value := getattr(FLAGS, name)) is not None}
-    return dataclasses.replace(speaker, config=dataclasses.replace(speaker.config, **given))
+    sampling = {name: value for name in ("top_p", "top_k") if (value := getattr(FLAGS, name)) is not None}
+    return dataclasses.replace(speaker, config=dataclasses.replace(speaker.config, **sampling))
 
 
 def shape_of(speaker: "Speaker") -> "BatchShape":
@@ -154,7 +156,7 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. UserError: the address cannot be bound."""
+    """Opens a socket that listens. UserError: the address cannot be bound."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -168,11 +170,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(app: "ASGIApp", engine: "Engine", listener: socket.socket) -> None:
-    """Answers requests until SIGTERM or Ctrl-C: then new ones get 503, and it ends when all others are answered."""
+    """Answers requests until SIGTERM or Ctrl-C. Then new requests get 503, and it returns when the others are answered."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        """Signals are heard by `SIGNALS`, as in all commands."""
+        """A server that leaves signals to `SIGNALS`, as all commands do."""
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:

@@ -89,9 +89,9 @@ class Metrics:
         )
 
     def text(self, counts: dict[str, tuple[int, int]]) -> str:
-        """All metrics as text. `counts` has for each model the answers that are being written and those that wait."""
+        """Writes all metrics as text. `counts` has for each model the answers that are being written, and those that wait."""
         lines = [line for x in vars(self).values() for line in x.lines()]
-        of = lambda index: [({"model": name}, pair[index]) for name, pair in counts.items()]
-        lines += gauge("pixel_jax_running", "Answers that are being written.", of(0))
-        lines += gauge("pixel_jax_waiting", "Answers that wait for a slot.", of(1))
+        with_labels = lambda index: [({"model": name}, pair[index]) for name, pair in counts.items()]
+        lines += gauge("pixel_jax_running", "Answers that are being written.", with_labels(0))
+        lines += gauge("pixel_jax_waiting", "Answers that wait for a slot.", with_labels(1))
         return "\n".join(lines) + "\n"

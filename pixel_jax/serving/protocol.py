@@ -1,7 +1,7 @@
-"""OpenAI's chat completions, as far as a rollout can give them: requests are read strictly, answers are written.
+"""Reads requests and writes answers of OpenAI's chat completions, as far as a rollout supports them.
 
-What a request asks for and does not get is refused with the value at fault and the remedy; nothing is passed over but `user`
-and `metadata`, which have no meaning here.
+A request for something that is not supported is refused, with the value at fault and the remedy. Only fields that have no meaning
+here, such as `user` and `metadata`, are ignored.
 """
 
 import base64
@@ -58,7 +58,7 @@ class RequestError(ValueError):
 
     Args:
       message: what is at fault, and what to do about it.
-      status: of HTTP.
+      status: the HTTP status.
       param: the field, as OpenAI's errors name it.
       code: one word for programs.
     """
@@ -83,8 +83,8 @@ class ChatRequest(NamedTuple):
     max_tokens: int | None
     stop: tuple[str, ...]
     stream: bool
-    usage: bool  # of a stream: whether the last chunk counts tokens
-    pictures: bool  # whether the transcript comes with it, with pictures
+    usage: bool  # whether the last chunk of a stream counts tokens
+    pictures: bool  # whether the answer has a transcript with pictures
 
     def reader(self, speaker: Speaker) -> Reader:
         """A reader of the row that answers the request."""
@@ -92,15 +92,15 @@ class ChatRequest(NamedTuple):
 
 
 def read_request(body: bytes, speakers: Mapping[str, Speaker], shapes: Mapping[str, BatchShape]) -> ChatRequest:
-    """The request in a body, images decoded. No file is opened and no address asked, whatever it says.
+    """Reads the request in a body and decodes its images. It opens no file and fetches nothing.
 
     Args:
       body: JSON, from anybody.
       speakers: the models, by the names that requests give them.
-      shapes: what prompts of each have to fit.
+      shapes: the batch shape that the prompts of each model have to fit.
 
     Raises:
-      RequestError: it is refused.
+      RequestError: the request is refused.
     """
     values = parse_json(body, "the body", RequestError, largest=2**63 - 1)
     if not isinstance(values, dict):
@@ -156,17 +156,17 @@ def read_request(body: bytes, speakers: Mapping[str, Speaker], shapes: Mapping[s
 
 
 def _max_tokens(values: Mapping[str, Any], prompt: int, speaker: Speaker) -> int | None:
-    """The most tokens that the model may write: no more than a row has room for."""
-    given = [name for name in ("max_tokens", "max_completion_tokens") if name in values]
-    if len(given) > 1:
-        raise RequestError("max_tokens and max_completion_tokens are the same: give one", param=given[1])
-    if not given:
+    """Reads the most tokens that the model may write: no more than a row has room for."""
+    names = [name for name in ("max_tokens", "max_completion_tokens") if name in values]
+    if len(names) > 1:
+        raise RequestError("max_tokens and max_completion_tokens are the same: give one", param=names[1])
+    if not names:
         return None
     left = min(speaker.config.max_response, speaker.config.max_tokens - prompt)
-    wanted = _integer(values, given[0], 1, MAX_SEED)
+    wanted = _integer(values, names[0], 1, MAX_SEED)
     assert wanted is not None
     if wanted > left:
-        raise _refusal(given[0], wanted, f"behind this prompt of {prompt} tokens there is room for {left}: give less")
+        raise _refusal(names[0], wanted, f"behind this prompt of {prompt} tokens there is room for {left}: give less")
     return wanted
 
 
@@ -183,19 +183,18 @@ def _stops(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]:
-    """The field `messages` of a request. RequestError: one of them is not understood, or shows too much."""
+    """Reads the field `messages` of a request. RequestError: a message is not understood, or shows too much."""
     messages = values.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
         raise _refusal("messages", messages, f"give a list of 1 to {MAX_MESSAGES} messages")
     left = shape.images  # images that may still follow
-    found = []
+    parsed = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, dict):
             raise _refusal(where, message, "give an object with `role` and `content`")
-        message = {
-            name: value for name, value in message.items() if value is not None
-        }  # clients write out what is empty
+        # Clients write fields that are not set as null.
+        message = {name: value for name, value in message.items() if value is not None}
         if unknown := sorted(message.keys() - {"role", "content"}):
             raise RequestError(f"{where} has the unknown field {brief(unknown[0])}: leave it out", param=where)
         role = ROLES.get(written) if isinstance(written := message.get("role"), str) else None
@@ -203,12 +202,12 @@ def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]
             raise _refusal(f"{where}.role", message.get("role"), f"it can be {', '.join(ROLES)}")
         parts = _read_parts(message.get("content"), f"{where}.content", shape, left, images=role == "user")
         left -= sum(isinstance(part, np.ndarray) for part in parts)
-        found.append(Message(role, parts))
-    return found
+        parsed.append(Message(role, parts))
+    return parsed
 
 
 def _read_parts(content: Any, where: str, shape: BatchShape, left: int, *, images: bool) -> tuple[Part, ...]:
-    """The texts and images of a message; of images there may be `left`."""
+    """Reads the texts and images of a message, at most `left` images."""
     if isinstance(content, str):
         return (content,)
     if not isinstance(content, list) or not 0 < len(content) <= MAX_PARTS:
@@ -240,7 +239,7 @@ def _read_parts(content: Any, where: str, shape: BatchShape, left: int, *, image
 
 
 def read_data_url(url: str, where: str, shape: BatchShape) -> np.ndarray:
-    """The image in a data URL, uint8 [h, w, 3]; nothing is fetched. RequestError: it is none, or too large for `shape`."""
+    """Decodes the image in a data URL, uint8 [h, w, 3]. RequestError: it is none, or too large for `shape`."""
     head = DATA_URL.match(url)
     if head is None:
         raise _refusal(where, url, "nothing is fetched: send the image itself, as data:image/png;base64,...")
@@ -272,7 +271,7 @@ def _kind(value: Any) -> str:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal in JSON: true is not 1."""
+    """Whether two values are equal in JSON: true is not 1."""
     return value == allowed and isinstance(value, bool) == isinstance(allowed, bool)
 
 
@@ -348,12 +347,12 @@ class Answer:
         return {"role": "tool", "text": event.text, "failed": event.failed, "looked_at": looked}
 
     def usage(self) -> dict[str, int]:
-        """Tokens. What tools showed is told apart from what the model wrote."""
+        """Counts the tokens of the prompt and those that the model wrote, without those that tools showed."""
         prompt, written = len(self.request.prompt.ids), self.reader.written
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
     def extension(self, transcript: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What OpenAI's protocol has no field for: turns, seed, why it ended, and where it was asked for the whole transcript."""
+        """Makes the fields beyond OpenAI's protocol: seed, reason of the end, tokens that tools showed, and the transcript."""
         known = {"seed": self.request.seed, "stop": self.reader.reason, "shown_tokens": self.reader.shown}
         return known | ({} if transcript is None else {"transcript": transcript})
 

@@ -36,7 +36,7 @@ from pixel_jax.tools.host import HostTools
 
 
 class Progress(NamedTuple):
-    """What a row has written and seen so far, on the host."""
+    """The text that a row has written and the images that it has seen so far, on the host."""
 
     ids: np.ndarray  # int32 [n], what follows its prompt
     by_model: np.ndarray  # bool [n], the model wrote it; others are what it was shown
@@ -49,12 +49,12 @@ class Session:
     """Slots in which rows of one model are written together.
 
     Args:
-      speaker: the model, and how it is talked to.
-      shape: what every prompt has to fit.
+      speaker: the model, with the settings of its prompts.
+      shape: the batch shape that every prompt has to fit.
       slots: rows that are written at the same time. As many prompts again may wait on the device, so that no slot is empty
         until the host next admits one.
       host: carries out calls of tools that run on the host.
-      seed: of what is sampled; rows also draw from their prompts' `uid`.
+      seed: the seed of the sampling; each row's random numbers also depend on the `uid` of its prompt.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Saw(NamedTuple):
 
 
 class Reader:
-    """Makes text of a row as its tokens come. The text is the same however often it is read.
+    """Turns the tokens of a row into text while they are written. The text does not depend on how often it is read.
 
     Args:
       max_tokens: tokens of the model after which the answer is cut. None: no other limit than the rollout's.
@@ -162,8 +162,8 @@ class Reader:
         self.vocabulary, self.max_tokens, self.stops = vocabulary, max_tokens, tuple(stop)
         self.written = self.shown = 0  # tokens of the model, and of what it was shown
         self.calls = 0
-        self.ended: str | None = None  # why: "stop" or "length", as OpenAI's protocol has it
-        self.reason = ""  # why, in the words of the rollout
+        self.ended: str | None = None  # the reason in OpenAI's words, "stop" or "length"; None: it has not ended
+        self.reason = ""  # the reason in the words of the rollout
         self._held = ""  # text that may be the beginning of a stop text
         self._next_turn = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -208,7 +208,7 @@ class Reader:
                 self.ended, self.reason = "length", "max_tokens"
 
     def _without_lead(self, text: str) -> str:
-        """The text of a turn without the space that the layout begins turns with; it waits until that is decided."""
+        """Removes the lead of the layout from the beginning of a turn; text that may be the lead is held back."""
         if self._opening is None:
             return text
         lead, text = self.vocabulary.layout.lead, self._opening + text

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def define_speaker_flags() -> None:
-    """The flags that `pixel-jax chat` and `pixel-jax serve` share."""
+    """Declares the flags that `pixel-jax chat` and `pixel-jax serve` share."""
     flags.DEFINE_list("tools", None, "What the model may call: shipped tools, or module:name. By default the paper's.")
     flags.DEFINE_string(
         "call_format", None, "How calls are written, or module:name. By default what the model was trained in."
@@ -34,18 +34,18 @@ def load_speaker(
     adapter: str | os.PathLike | None = None,
     temperature: float = 1.0,
 ) -> "Speaker":
-    """The model in a directory as a `Speaker`, under the limits that lie beside it.
+    """Loads the model in a directory as a `Speaker`, with the limits of the file beside it.
 
     Args:
-      directory: of a model, as `save_pretrained` or Hugging Face write it.
-      tools: names of what it may call; None: the paper's.
-      call_format: name of how it writes its calls; None: what it was trained in.
+      directory: the directory of a model, as `save_pretrained` or Hugging Face write it.
+      tools: names of the tools that it may call; None: the paper's.
+      call_format: name of the call format; None: the one that it was trained with.
       adapter: directory of an adapter in PEFT's format to put on it; None: none.
-      temperature: at which it answers where nobody says otherwise.
+      temperature: the temperature of its answers, where a request sets none.
 
     Raises:
-      UserError: it has no tokenizer.
-      FileError, ConfigError, ToolError: a file or a name is not what it should be.
+      UserError: the model has no tokenizer.
+      FileError, ConfigError, ToolError: a file is damaged, or a name unknown.
     """
     from pixel_jax import from_pretrained
     from pixel_jax.dialog import formats
@@ -56,7 +56,7 @@ def load_speaker(
     from pixel_jax.serving.conversation import Speaker
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 
-    known = find_tools(tools or DEFAULT)
+    allowed = find_tools(tools or DEFAULT)
     model, processor = from_pretrained(pathlib.Path(directory), adapter=adapter)
     if processor is None:
         raise UserError(
@@ -64,17 +64,16 @@ def load_speaker(
         )
     config = single_answer(read_limits(directory) or RolloutConfig(), temperature).for_model(model.config)
     if call_format:
-        find_format(
-            call_format
-        )  # imported because the command line names it; what a model's files name is not imported
+        # It may be imported, because the command line names it; what a model's files name is not imported.
+        find_format(call_format)
         config = dataclasses.replace(config, call_format=call_format)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    return Speaker(model, vocabulary, tables(vocabulary, known, formats.call_format(config.call_format)), config)
+    return Speaker(model, vocabulary, tables(vocabulary, allowed, formats.call_format(config.call_format)), config)
 
 
 @contextlib.contextmanager
 def host_tools(speaker: "Speaker", names: Sequence[str], config: "HostToolsConfig") -> Iterator["HostTools | None"]:
-    """The workers of the tools of these names that run on the host; None where none does."""
+    """Starts the workers of those of the named tools that run on the host; yields None if none does."""
     from pixel_jax.tools.host import HostTools
 
     if not any(tool.host for tool in speaker.tables.tools):

@@ -91,10 +91,10 @@ def local_problem(text: str, answers: Sequence[str], language: Language = RELEAS
     """The problem of an analysis of what a call shows, which ends with its answer in a box, or None."""
     if problem := unfit(text, language):
         return problem
-    found = last_boxed(text)
-    if found is None:
+    final = last_boxed(text)
+    if final is None:
         return "no final answer"
-    if not right_answer(found, answers):
+    if not right_answer(final, answers):
         return "wrong final answer"
     before = text[: text.rindex("\\boxed")]
     if len(before.strip()) < SHORTEST:

@@ -43,7 +43,7 @@ FAILED = "an error, which the log has"
 
 @dataclasses.dataclass(frozen=True)
 class SynthConfig:
-    """One synthesis. `configs/pixel/synth.py` makes one; any field can be set as `--config.FIELD=VALUE`."""
+    """The settings of a synthesis. `configs/pixel/synth.py` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
@@ -51,18 +51,18 @@ class SynthConfig:
     # written by hand (docs/your-own-tool.md).
     tools: tuple[str, ...] = DEFAULT
     call_format: str = "pixel_reasoner"  # of `RolloutConfig`: how calls are written
-    image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
-    endpoint: EndpointConfig | None = None  # that writes the analyses; None: they are templates
+    image_folders: tuple[str, ...] = ()  # other folders in which images may lie: ("/",) allows all
+    endpoint: EndpointConfig | None = None  # the model that writes the analyses; None: they are templates
     temperature: float = 0.7  # of the endpoint's sampling
     max_tokens: int = 600  # of one analysis by the endpoint
     # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images; by default the paper's.
     image: tuple[float, float, float, float] = Mix.image
     video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among traces about videos; the paper's
-    attempts: int = 3  # at each analysis
+    attempts: int = 3  # attempts at each analysis
     pad: float | None = None  # of `RolloutConfig`: what the crop tool adds on each side of a box; None: the format's
     min_crop: int = 28  # of `RolloutConfig`
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes
-    seed: int = 0  # of the kinds of traces, and of the wrong places in them
+    seed: int = 0  # of the kinds of traces, and of the boxes and frames of mistakes
 
     def __post_init__(self):
         positive(self, "max_tokens")
@@ -146,11 +146,9 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: SeedOutcome(None, reason, {}) for i, reason in impossible.items()}
     outcomes_before = _read_outcomes(out / "outcomes.jsonl")
-    # An outcome that cannot be written is made again: an earlier run may have kept half a surrogate pair.
-    sound = {
-        mark: outcome for mark, outcome in outcomes_before.items() if is_text(json.dumps(outcome, ensure_ascii=False))
-    }
-    outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
+    # An outcome that cannot be written is made again: an earlier run may have recorded half a surrogate pair.
+    writable = {key: x for key, x in outcomes_before.items() if is_text(json.dumps(x, ensure_ascii=False))}
+    outcomes |= {i: writable[key] for i, key in prints.items() if key in writable}
 
     def one(i: int) -> SeedOutcome:
         rng = np.random.default_rng([config.seed, i])
@@ -163,9 +161,8 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
             log.append([{"print": prints[i], **outcome._asdict()}])
 
         failed = _work([i for i in kinds if i not in outcomes], seeds, one, keep, workers)
-    outcomes |= {
-        i: SeedOutcome(None, why, {}) for i, why in failed.items()
-    }  # not recorded, so that another run tries again
+    # Failures are not recorded, so that another run tries again.
+    outcomes |= {i: SeedOutcome(None, why, {}) for i, why in failed.items()}
     with Digests(out / "digests.json") as digests:
         rows = [
             row | {"images": [put_beside(path, out, digests) for path in seed.images]}

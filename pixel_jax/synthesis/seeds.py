@@ -30,7 +30,7 @@ from pixel_jax.training.answers import references_of
 
 FIELDS = ("id", "question", "answer", "images", "cue", "box", "frames", "image", "video", "seconds")
 LONGEST_CUE = 200  # characters
-MOST_FRAMES = 8  # that the tool selects at once
+MOST_FRAMES = 8  # frames that the tool selects at once
 
 
 class SeedError(ValueError):
@@ -62,8 +62,8 @@ def read_seeds(path: str | pathlib.Path, image_folders: Sequence[str] = ()) -> l
     """Reads and checks the seeds of a file.
 
     Args:
-        path: of the file.
-        image_folders: where images may lie other than beside it (`pixel_jax.data.sources.locate`).
+        path: the path of the file.
+        image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
 
     Raises:
         SeedError: a line is no seed, or two have the same id.

@@ -95,7 +95,7 @@ def assign_kinds(possible: Sequence[Sequence[str]], shares: Mapping[str, float],
     Args:
         possible: the kinds of each seed.
         shares: kind -> its share.
-        seed: of the random order.
+        seed: the seed of the random order.
     """
     total = sum(shares.values())
     lacking = {kind: share / total * len(possible) for kind, share in shares.items()}
@@ -121,12 +121,12 @@ def make(
 
     Args:
         seed: the question.
-        kind: of the trace.
-        writer: of the analyses.
-        rng: for the boxes and frames of mistakes.
-        attempts: at each analysis.
-        pad: of a box.
-        language: of the calls.
+        kind: the kind of the trace.
+        writer: the writer of the analyses.
+        rng: draws the boxes and frames of mistakes.
+        attempts: the most attempts at each analysis.
+        pad: the pad of a box.
+        language: the language of the calls.
     """
     rejected: Counter[str] = Counter()
 
@@ -204,16 +204,16 @@ def _turns(
         reference = outward(seed.box, size[1], size[0])
         options = {"pad": pad, "target": seed.image, "images": len(seed.images), "language": language}
         turns = image_turns(rng, size, seed.cue, reference, seed.answers[0], kind, **options)
-    found = []
+    rows = []
     for turn in turns[:-1]:
         ((text, learned),) = turn.parts
-        found.append({"text": text} if learned else {"text": text, "learn": False})
-    found[0]["text"] = f"{whole}\n{found[0]['text']}"
-    found.append({"text": end})
-    calls = [parse_turn(turn["text"], language) for turn in found]
+        rows.append({"text": text} if learned else {"text": text, "learn": False})
+    rows[0]["text"] = f"{whole}\n{rows[0]['text']}"
+    rows.append({"text": end})
+    calls = [parse_turn(turn["text"], language) for turn in rows]
     if any(turn.call is None for turn in calls[:-1]) or calls[-1].required:
-        raise ValueError(f"the trace of seed {seed.id} does not read as calls and an answer: {found}")
-    return found
+        raise ValueError(f"the trace of seed {seed.id} does not read as calls and an answer: {rows}")
+    return rows
 
 
 def fingerprint(seed: Seed, kind: str, settings: Mapping[str, Any], digests: Digests) -> str:

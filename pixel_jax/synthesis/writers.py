@@ -29,7 +29,7 @@ class TraceWriter(Protocol):
 
 
 class Templates:
-    """Fixed sentences, without an endpoint."""
+    """A writer of fixed sentences, which needs no endpoint."""
 
     def whole(self, seed: Seed, images: Images, attempt: int) -> str:
         """Says that the cue is small."""

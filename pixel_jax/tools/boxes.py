@@ -34,7 +34,7 @@ def box_in_region(
       box: [..., 4], the numbers x1, y1, x2, y2 as they were written.
       region: int32 [..., 4], x1 y1 x2 y2 in pixels of the image.
       size: int32 [..., 2], (height, width) at which the model was shown the region.
-      coordinates: what the numbers are measured in, a `Coordinates`.
+      coordinates: the unit of the numbers, a `Coordinates`.
       pad: added on each side, as a share of the region.
       one_is_absolute: whether a coordinate of exactly 1 makes the box one in pixels, as in the released code.
 
@@ -74,7 +74,7 @@ def as_shares(box: Numbers, size: jax.Array, shown: jax.Array, coordinates: jax.
       box: [4], as it was written.
       size: int32 [2], (height, width) of the image.
       shown: int32 [2], (height, width) at which the model was shown it.
-      coordinates: what the numbers are measured in, a `Coordinates`.
+      coordinates: the unit of the numbers, a `Coordinates`.
     """
     absolute = in_pixels(box, coordinates)
     side = jnp.where(coordinates == Coordinates.PIXELS, size, shown)[jnp.array([1, 0, 1, 0])]

@@ -33,7 +33,7 @@ class ImageHistory(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What one row has been shown: the part of its state that tools can use."""
+    """The images that one row has been shown: the part of its state that tools can use."""
 
     history: ImageHistory
     is_video: jax.Array  # bool, the prompt shows the frames of a video

@@ -47,10 +47,10 @@ def drawing_tool(
 
     def execute(written: Mapping[str, Any], seen: Seen, limits: "RolloutConfig") -> Answer:
         target = find_target(written["target_image"], seen, missing)
-        size, given = region_size(target.region), in_shares(written, target, seen)
-        drawn = size if drawn_size is None else drawn_size(given, size)
+        size, shares = region_size(target.region), in_shares(written, target, seen)
+        drawn = size if drawn_size is None else drawn_size(shares, size)
         view, fits = fitted(drawn, limits.sizes("crop"))
-        accepted = jnp.bool_(True) if accepts is None else accepts(given, size)
+        accepted = jnp.bool_(True) if accepts is None else accepts(shares, size)
         return Answer(
             outcomes=(*target.outcomes, (~accepted | ~fits, None, ())),
             last=(shown, (view[1], view[0])),

@@ -54,7 +54,7 @@ class ToolRequest(NamedTuple):
 
 
 class ToolReply(NamedTuple):
-    """What a host tool returned."""
+    """The answer of a host tool."""
 
     outcome: Outcome  # ANSWERED, FAILED or TIMED_OUT
     text: str  # of the tool, or of the error
@@ -99,7 +99,7 @@ class Worker:
         """Sends a request and waits for the answer, a JSON document and pixels.
 
         Raises:
-          TimeoutError: it took longer than `limit` seconds.
+          TimeoutError: the answer took longer than `limit` seconds.
           EOFError: the process has ended.
         """
         if not self.ready:  # importing does not count as part of a call
@@ -142,7 +142,7 @@ class HostTools:
     """Worker processes for the host tools among the tools of a run. To be used in a `with` statement.
 
     Args:
-      names: of all tools of the run, in order, as in the config.
+      names: the names of all tools of the run, in order, as in the config.
       config: settings.
     """
 
@@ -152,7 +152,7 @@ class HostTools:
         self.pool = ThreadPoolExecutor(config.workers)
         self.workers: list[Worker] = []
         for _ in range(config.workers):
-            self.free.put(None)  # a worker that is started when it is needed
+            self.free.put(None)  # stands for a worker that is started when it is needed
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> "HostTools":
@@ -176,7 +176,7 @@ class HostTools:
         return replies
 
     def metrics(self) -> dict[str, float]:
-        """Counts calls since the last time: failed, timed out, returned a picture, and returned one that was made smaller."""
+        """Returns counts of the calls since the last time: errors, timeouts, pictures, and pictures that were made smaller."""
         counts, self.counts = self.counts, Counter()
         names = {"errors": FAILED.name, "timeouts": TIMED_OUT.name, "pictures": "pictures", "shrunk": "shrunk"}
         return {f"host_tool_{name}": float(counts[counted]) for name, counted in names.items()}

@@ -42,7 +42,7 @@ def find_format(name: str) -> CallFormat:
     """Returns the call format of this name. A user's own is imported as by `find_tools`, and added to `FORMATS`.
 
     Raises:
-      ToolError: there is none.
+      ToolError: no format has this name.
     """
     if name not in FORMATS and ":" in name:
         FORMATS[name] = imported(name, CallFormat, "call format")
@@ -53,7 +53,7 @@ def imported(name: str, kind: type[T], what: str) -> T:
     """Imports what `module:name` names, which must be a `kind`; messages call it `what`.
 
     Raises:
-      ToolError: it names nothing, or something else.
+      ToolError: the name is that of nothing, or of an object of another class.
     """
     try:
         value = named.find(name)

@@ -33,7 +33,7 @@ DrawnSize: TypeAlias = Callable[[Mapping[str, Any], jax.Array], jax.Array]
 
 
 class Coordinates(enum.IntEnum):
-    """What the numbers of a box are measured in; each call format has one of these."""
+    """The unit of the numbers of a box; each call format has one."""
 
     EITHER = 0  # shares of the image if no number is above 1, else pixels of the image as it was shown
     SHARES = 1  # shares of the image
@@ -74,7 +74,7 @@ class Argument:
 
     @property
     def slots(self) -> int:
-        """How many numbers its value takes in arrays of calls."""
+        """The number of slots that its value takes in arrays of calls."""
         return 1
 
     @property
@@ -114,13 +114,13 @@ class Number(Argument):
         super().__post_init__()
 
     def problem(self, value: Any) -> str | None:
-        """Finite, and within the bounds."""
+        """Says why `value` is not a finite number within the bounds; None if it is."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return "it is no finite number"
         return None if self.low <= value <= self.high else f"it lies outside [{self.low}, {self.high}]"
 
     def type_schema(self) -> dict[str, Any]:
-        """A number, with its bounds."""
+        """Returns the type and the bounds."""
         low = {"minimum": self.low} if math.isfinite(self.low) else {}
         return {"type": self.kind, **low, **({"maximum": self.high} if math.isfinite(self.high) else {})}
 
@@ -132,7 +132,7 @@ class Integer(Number):
     kind: ClassVar[str] = "integer"
 
     def problem(self, value: Any) -> str | None:
-        """An int within the bounds."""
+        """Says why `value` is not an int within the bounds; None if it is."""
         return super().problem(value) or (None if isinstance(value, int) else "it is no integer")
 
 
@@ -144,16 +144,16 @@ class Box(Argument):
 
     @property
     def slots(self) -> int:
-        """One for each side."""
+        """Four, one for each side."""
         return BOX_NUMBERS
 
     def problem(self, value: Any) -> str | None:
-        """Four finite numbers."""
+        """Says why `value` is not four finite numbers; None if it is."""
         numbers = isinstance(value, tuple) and len(value) == BOX_NUMBERS
         return None if numbers and not any(map(Number("side").problem, value)) else "it is no tuple of four numbers"
 
     def type_schema(self) -> dict[str, Any]:
-        """An array of numbers."""
+        """Returns the type of an array of numbers."""
         return {"type": "array", "items": {"type": "number"}}
 
 
@@ -172,17 +172,17 @@ class Integers(Argument):
 
     @property
     def slots(self) -> int:
-        """One for each integer that is stored."""
+        """The number of integers that are stored."""
         return self.most
 
     def problem(self, value: Any) -> str | None:
-        """At most `most` integers."""
+        """Says why `value` is not at most `most` integers; None if it is."""
         listed = isinstance(value, tuple) and len(value) <= self.most
         good = listed and all(Integer("item").problem(item) is None for item in value)
         return None if good else f"it is no tuple of at most {self.most} integers"
 
     def type_schema(self) -> dict[str, Any]:
-        """An array of integers."""
+        """Returns the type of an array of integers."""
         description = {"description": self.item_description} if self.item_description else {}
         return {"type": "array", "items": {"type": "integer", **description}}
 
@@ -202,16 +202,16 @@ class Choice(Argument):
         super().__post_init__()
 
     def problem(self, value: Any) -> str | None:
-        """One of the options."""
+        """Says why `value` is none of the options; None if it is one."""
         return None if value in self.options else f"it is none of {self.options}"
 
     @property
     def usage(self) -> str:
-        """All options."""
+        """Lists the options."""
         return "one of " + ", ".join(f'"{option}"' for option in self.options)
 
     def type_schema(self) -> dict[str, Any]:
-        """A string, with the options."""
+        """Returns the type of a string, with the options."""
         return {"type": "string", "enum": list(self.options)}
 
 
@@ -223,15 +223,15 @@ class Text(Argument):
 
     @property
     def slots(self) -> int:
-        """None: texts are not stored in arrays."""
+        """Zero: texts are not stored in arrays."""
         return 0
 
     def problem(self, value: Any) -> str | None:
-        """Any string."""
+        """Says why `value` is no string; None if it is."""
         return None if isinstance(value, str) else "it is no text"
 
     def type_schema(self) -> dict[str, Any]:
-        """A string."""
+        """Returns the type of a string."""
         return {"type": "string"}
 
 
@@ -344,7 +344,7 @@ class Tool:
 
     @property
     def starts(self) -> dict[str, int]:
-        """Argument -> the first of its number slots (`pixel_jax.tools.calls.ParsedCalls`)."""
+        """The first slot of each argument, by name (`pixel_jax.tools.calls.ParsedCalls`)."""
         starts, slot = {}, 0
         for argument in self.arguments:
             starts[argument.name] = slot
@@ -353,7 +353,7 @@ class Tool:
 
     @property
     def slots(self) -> int:
-        """How many number slots all arguments have together."""
+        """The number of slots of all arguments together."""
         return sum(argument.slots for argument in self.arguments)
 
     @property
@@ -369,7 +369,7 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
     its tool is known.
 
     Raises:
-      ToolError: they cannot.
+      ToolError: the tools cannot be used together.
     """
     if not isinstance(tools, tuple) or not all(isinstance(tool, Tool) for tool in tools):
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")

@@ -43,11 +43,11 @@ def answer(tool: Tool, request: Mapping[str, Any], pixels: bytes) -> tuple[dict[
         count = int(np.prod(shape))
         images.append(np.frombuffer(pixels, np.uint8, count, at).reshape(shape))
         at += count
-    assert tool.execute is not None  # as of every host tool
+    assert tool.execute is not None  # every host tool has one
     try:
         text, picture = returned(tool, tool.execute(images, **request["arguments"]))
         small = None if picture is None else fitted(picture, request["side"])
-    except Exception as error:  # of any kind: the model reads it, and the run goes on
+    except Exception as error:  # errors of any type: the model reads the message, and the run goes on
         print(f"tool {tool.name!r}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return {"error": f"{type(error).__name__}: {error}"[:500].encode("utf-8", "replace").decode()}, ()
     if picture is None or small is None:
@@ -59,7 +59,7 @@ def returned(tool: Tool, value: Any) -> tuple[str, np.ndarray | None]:
     """Returns the text and the picture, uint8 [h, w, 3], of what a tool returned; "" and None where there is none.
 
     Raises:
-      TypeError: it is neither text nor picture.
+      TypeError: the value is neither text nor picture.
       ValueError: the text is too long, or not Unicode.
     """
     text, picture = value if isinstance(value, tuple) and len(value) == 2 else (value, None)

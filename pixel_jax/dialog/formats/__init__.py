@@ -1,4 +1,4 @@
-"""Call formats: how a checkpoint writes its calls. One file a format; each names the released code that it is from."""
+"""Call formats, the notations in which checkpoints write their calls. Each file has one, and names the code that it is from."""
 
 from pixel_jax.dialog.formats.crop_image import CROP_IMAGE_PIXELS
 from pixel_jax.dialog.formats.deepeyes import DEEPEYES
@@ -17,7 +17,7 @@ def call_format(name: str) -> CallFormat:
     """Returns the format of this name: one of the package's, or a user's own that `find_format` has imported.
 
     Raises:
-      ToolError: there is none.
+      ToolError: no format has this name.
     """
     if name not in FORMATS:
         own = (

@@ -1,10 +1,10 @@
-"""The format of DeepEyes (Visual-Agent/DeepEyes): `image_zoom_in_tool` with `bbox_2d` and, if it likes, a `label`.
+"""The format of DeepEyes (Visual-Agent/DeepEyes): `image_zoom_in_tool` with `bbox_2d` and an optional `label`.
 
 Source: `verl/workers/agent/envs/mm_process_engine/prompt.py` (SYSTEM_PROMPT_V2, USER_PROMPT_V2) and `visual_toolbox_v2.py`:
-boxes are in pixels of the original image, every call is about the first image and the label is not looked at; a picture comes
+boxes are in pixels of the original image, every call is about the first image and the label is ignored; a picture comes
 back as `<tool_response><image>...</tool_response>`, an error as `Error: ...`, with the text of a Python exception, for which
 there are two fixed ones here. There a box is not padded (no `pad`) and needs more than 30 pixels a side (`min_crop` 30), and
-one answers in `<answer>...</answer>`.
+the model answers in `<answer>...</answer>`.
 """
 
 from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling
@@ -16,7 +16,7 @@ SCHEMA = (
     '{"bbox_2d":{"type":"array","items":{"type":"number"},"minItems":4,"maxItems":4,"description":"The bounding box of the '
     "region to zoom in, as [x1, y1, x2, y2], where (x1, y1) is the top-left corner and (x2, y2) is the bottom-right corner."
     '"},"label":{"type":"string","description":"The name or label of the object in the specified bounding box (optional)."'
-    '}},"required":["bbox"]}}}'  # their word for what is called bbox_2d
+    '}},"required":["bbox"]}}}'  # as released: the argument is called bbox_2d
 )
 SYSTEM = """You are a helpful assistant.
 

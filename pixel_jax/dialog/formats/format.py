@@ -1,4 +1,4 @@
-"""Call formats as values: how a checkpoint writes its calls, and what it reads after them."""
+"""Call formats as values: the notation of a checkpoint's calls, and of the answers to them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SYSTEM = "You are a helpful assistant.\n\n" + TOOLS_PROMPT
 
 
 class Body(enum.Enum):
-    """What stands between the marks of a call.
+    """The notation of a call between its marks.
 
     JSON: an object, `{"name": ..., "arguments": {...}}`, or, where calls have no name, the arguments alone
     TAGS: `<function=NAME>`, for each argument `<parameter=KEY>`, its value and `</parameter>`, and `</function>`, each on a line
@@ -42,12 +42,12 @@ class Body(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Spelled:
-    """How a call writes an argument of a tool.
+    """The notation of an argument of a tool in calls.
 
     Args:
       argument: its name in the tool.
       written: the argument in calls. None: calls do not write it, its value is always `value`.
-      add: is added to the integer that is written, or to the index of the option.
+      add: number that is added to the integer that is written, or to the index of the option.
       value: the value if calls do not write it.
     """
 
@@ -59,7 +59,7 @@ class Spelled:
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """How the calls of a tool are written.
+    """The notation of the calls of a tool.
 
     Args:
       tool: the name of the tool.
@@ -80,7 +80,7 @@ class Spelling:
 
 @dataclasses.dataclass(frozen=True)
 class CallFormat:
-    """How calls are written. Static and hashable.
+    """A notation of calls. Static and hashable.
 
     A call stands between two marks, in the form that `body` says.
 
@@ -88,11 +88,11 @@ class CallFormat:
       name: its name in configs.
       opening: the mark before a call. Both marks begin with "<" and contain no other "<".
       closing: the mark behind a call.
-      body: what stands between them. Only in JSON can calls be without a name.
-      spellings: of the tools whose names or arguments in calls differ from their own.
-      coordinates: what boxes are measured in, after their numbers are shifted by `places`.
+      body: the notation between the marks. Only in JSON can calls be without a name.
+      spellings: the notations of the tools whose names or arguments in calls differ from their own.
+      coordinates: the unit of boxes, after their numbers are shifted by `places`.
       places: decimal places to shift the numbers of boxes by; -3 where 1000 stands for the whole side.
-      pad: is added to each side of a crop, as a share of the image; `RolloutConfig.pad` overrides it.
+      pad: the padding of each side of a crop, as a share of the image; `RolloutConfig.pad` overrides it.
       response: the frame around the text and images of outcomes without a text in `Spelling.texts`, with `{text}` and `{images}`.
         None: no frame.
       system: the system message; `{tools}` stands for a line of JSON for each tool.

@@ -4,7 +4,7 @@ Source: `verl/trainer/constants.py` (the prompts), `vllm_async_engine.py` (`proc
 are in shares of the source's width and height (`use_relative_coordinates=True` in the README), which is `original_image` or
 `observation_i`, the i-th picture that was shown. There actions are numbered by turns, also failed ones, and here by pictures,
 which is the same until a call fails; `source` may be in single quotes, which no JSON has; an error has the text of a Python
-exception. A box is not padded (no `pad`), and one answers in `<answer>...</answer>`.
+exception. A box is not padded (no `pad`), and the model answers in `<answer>...</answer>`.
 """
 
 from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling

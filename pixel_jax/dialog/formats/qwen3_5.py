@@ -2,10 +2,10 @@
 
 Source: the chat template that Qwen/Qwen3.5-35B-A3B is released with, as alibaba/rtp-llm carries it
 (`_QWEN35_DEFAULT_CHAT_TEMPLATE`): the system message, a line of JSON for each tool; a call, whose lists and objects are JSON
-and whose other values are as they are; and what a tool returns, in a user message between `<tool_response>` and
+and whose other values are written as they are; and the result of a tool, in a user message between `<tool_response>` and
 `</tool_response>`, each with a line of its own. The template knows no zoom: that of `qwen3_vl.py` is taken, with its boxes from
-0 to 1000, for which the family's own documentation was not seen. What the template opens an answer with, `<think>`, is no part
-of the format.
+0 to 1000, for which the family's own documentation was not seen. The `<think>` with which the template opens an answer
+is no part of the format.
 """
 
 import dataclasses

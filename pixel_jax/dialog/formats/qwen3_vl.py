@@ -4,7 +4,7 @@ Source: QwenLM/Qwen-Agent, `qwen_agent/tools/image_zoom_in_qwen3vl.py` (schema; 
 are counted from 0) and `nous_fncall_prompt.py` (the system message, without a word before it); QwenLM/Qwen3-VL,
 `cookbooks/think_with_images.ipynb` ("relative coords with ranging [0, 1000]"); the model's chat template puts what a tool
 returns between `<tool_response>` and `</tool_response>`, each with a line of its own, into a user message. There a box is
-not padded (no `pad`). The label is not looked at.
+not padded (no `pad`). The label is ignored.
 """
 
 from pixel_jax.dialog.formats.format import TOOLS_PROMPT, CallFormat, Spelled, Spelling
