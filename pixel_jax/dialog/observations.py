@@ -176,10 +176,13 @@ class Observations:
                 segments += integer(stretch, NUM_INTEGERS + item, place, guard=_ITEMS, at=item)
             return [*segments, constant("]" + after, guard=_ITEMS)]
 
-        def image(index: int) -> list[_Segment]:
-            guard = {"guard": _IMAGES, "at": index}
+        def images(count: int) -> list[_Segment]:
+            row: list[_Segment] = []
             before, after = layout.image
-            return [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(after, **guard)]
+            for index in range(count):
+                guard = {"guard": _IMAGES, "at": index}
+                row += [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(after, **guard)]
+            return row
 
         def braced(text: str, place: Place) -> list[_Segment]:
             """Returns the segments of a text with braces."""
@@ -207,16 +210,15 @@ class Observations:
                 raise ToolError(
                     f"the text of {kind} has {{{wrong[0]}}} in it: braces hold {', '.join(NAMES)} and no more"
                 )
-            shown = range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0)
-            images = [segment for index in shown for segment in image(index)]
+            shown = kind.outcome.images if vocabulary.image_pad != ABSENT else 0
             row = marks(head)
-            if not images:
+            if not shown:
                 row += braced(opening + text + behind + closing, Place.SPECIAL)
             elif layout.images_first:
-                row += [*marks((opening,) if opening else ()), *images]
+                row += [*marks((opening,) if opening else ()), *images(shown)]
                 row += braced(text + behind + closing, Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL)
             else:
-                row += [*braced(opening + text, Place.SPECIAL), *images]
+                row += [*braced(opening + text, Place.SPECIAL), *images(shown)]
                 row += marks((behind + closing,) if behind + closing else ())
             rows.append([*row, *marks(rest)])
         width = max(map(len, rows))

@@ -89,25 +89,16 @@ def first_messages(
     ]
 
 
-def timestamps(frames: int, seconds: float) -> list[str]:
-    """Returns the texts in front of the temporal patches of a video, where each of them is an item (Qwen3-VL).
-
-    Args:
-      frames: number of frames of the video. The last one is repeated if the number is odd.
-      seconds: the time that two frames cover.
-    """
-    times = [min(i, frames - 1) / (2 / seconds) for i in range(frames + frames % 2)]
-    return [f"<{(first + second) / 2:.1f} seconds>" for first, second in zip(times[::2], times[1::2], strict=True)]
-
-
 def in_patches(pieces: Sequence[Piece], times: Sequence[str]) -> list[Piece]:
-    """Writes a rendered dialog about a video with its temporal patches: each behind its time, between the video's marks."""
+    """Writes a rendered dialog about a video with its temporal patches, each behind its time and between marks of its own.
+
+    The marks that the template writes around the video stay around all of them, as in transformers since 5.10.
+    """
+    start, end = Special("vision_start"), Special("vision_end")
     written: list[Piece] = []
-    for i, piece in enumerate(pieces):
+    for piece in pieces:
         if isinstance(piece, Media) and piece.kind == "video":
-            before, behind = written.pop(), pieces[i + 1]
-            patches = [part for time in times for part in (time, before, piece, behind)]
-            written += patches[:-1]  # the last mark comes by itself
+            written += [part for time in times for part in (time, start, piece, end)]
         else:
             written.append(piece)
     return join_texts(written)

@@ -29,7 +29,7 @@ from pixel_jax.models.side_files import (
     read_side_files,
     tokenizer_files,
 )
-from pixel_jax.ops import host_crop_resize, smart_resize, square_window, temporal_slices
+from pixel_jax.ops import host_crop_resize, smart_resize, square_window, temporal_slices, timestamps
 from pixel_jax.ops.smart_resize import MAX_RATIO
 from pixel_jax.pictures import rgb
 
@@ -182,10 +182,8 @@ class Processor:
         count = math.prod(vision.token_grid(grid)) // vision.merge_unit
         if kind == "image" or not self.family.splits_videos:
             return placeholder * count
-        # Each pair of frames stands behind the time in its middle; the last frame is repeated where there is no other.
-        times = np.minimum(np.arange(2 * grid[0]), frames - 1).reshape(-1, 2).mean(axis=1) / fps
         pads = VISION_START + placeholder * (count // grid[0]) + VISION_END
-        return "".join(f"<{time:.1f} seconds>{pads}" for time in times)
+        return "".join(time + pads for time in timestamps(frames, fps))
 
     def patches(self, frames: list, is_video: bool = False) -> tuple[np.ndarray, tuple[int, int, int]]:
         """Returns what the vision tower reads of frames of one size.
@@ -294,22 +292,15 @@ def _normalised(pixels: np.ndarray, vision: TowerConfig) -> np.ndarray:
 
 
 def _expand(text: str, shown: dict[str, list[str]]) -> str:
-    """The text with each placeholder replaced by what stands for the next item; `shown` is used up from the front.
-
-    Where an item brings its own marks of begin and end, they take the place of those around the placeholder.
-    """
+    """The text with each placeholder replaced by what stands for the next item; `shown` is used up from the front."""
     pieces, at = [], 0
     while True:
         ahead = [(text.find(pad, at), pad) for pad in shown if text.find(pad, at) >= 0]
         if not ahead:
             return "".join([*pieces, text[at:]])
         start, pad = min(ahead)
-        end, item = start + len(pad), shown[pad].pop(0)
-        before = text[at:start]
-        if VISION_START in item and before.endswith(VISION_START) and text.startswith(VISION_END, end):
-            before, end = before.removesuffix(VISION_START), end + len(VISION_END)
-        pieces += [before, item]
-        at = end
+        pieces += [text[at:start], shown[pad].pop(0)]
+        at = start + len(pad)
 
 
 def _rgb(image: Any) -> Image.Image:

@@ -57,3 +57,16 @@ def temporal_slices(num_frames: int) -> np.ndarray:
         raise ValueError(f"a video needs at least one frame, got {num_frames}")
     starts = np.arange(0, num_frames, 2)
     return np.stack([starts, np.minimum(starts + 1, num_frames - 1)], axis=1).astype(np.int32)
+
+
+def timestamps(num_frames: int, fps: float) -> list[str]:
+    """Returns what stands before every temporal patch of a video where a family writes its time: `<0.3 seconds>`.
+
+    The time is the middle of those of its two frames, in the arithmetic of `Qwen3VLProcessor` in transformers: another order of
+    the operations rounds some times to another tenth.
+
+    Args:
+      num_frames: of the video.
+      fps: its frames in a second.
+    """
+    return [f"<{(first / fps + last / fps) / 2:.1f} seconds>" for first, last in temporal_slices(num_frames).tolist()]

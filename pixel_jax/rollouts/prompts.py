@@ -12,6 +12,7 @@ from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, call_format
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.ops import timestamps
 from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import ragged
@@ -86,7 +87,7 @@ def with_times(pieces: list[template.Piece], query: Query, config: RolloutConfig
     """A rendered dialog about `query`, with each temporal patch of its video behind its time where the model has it so."""
     if not (query.is_video and config.split_videos):
         return pieces
-    return template.in_patches(pieces, template.timestamps(len(query.images), query.seconds))
+    return template.in_patches(pieces, timestamps(len(query.images), fps=2 / query.seconds))
 
 
 def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> tuple[str, tuple[Tool, ...]]:

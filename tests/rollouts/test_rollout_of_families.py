@@ -142,15 +142,15 @@ def test_qwen3_vl():
     config = config.for_model(model.config)
     prompts = scripted_model.prompts(2, config=config, video=True)
     t = trajectory.to_host(rollout(model, prompts, KEY, config))
-    assert (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
+    found = scripted_model.outcomes(t)
+    assert (found == scripted_model.CROPPED).any() and (found == scripted_model.SELECTED).any()
     t = scripted_model.with_pixels(t, prompts, config)
     assert t.visual.patches.shape[-1] == 3 * 16**2
     words = scripted_model.vocabulary()
     for row in range(config.group_size, 2 * config.group_size):  # of the video: each pair of frames behind its time
         text = words.to_bytes(t.tokens[row][t.valid[row]].tolist()).decode()
-        assert (
-            text.count("<|video_pad|>") == 2 and "<|im_start|>user\n<0.1 seconds><|vision_start|><|video_pad|>" in text
-        )
+        first = "<|im_start|>user\n<|vision_start|><0.1 seconds><|vision_start|><|video_pad|><|vision_end|>"
+        assert text.count("<|video_pad|>") == 2 and first in text
         assert t.visual.grids[row, :3].tolist() == [[1, 2, 2], [1, 2, 2], [0, 0, 0]]
     shown = t.visual.grids.prod(axis=-1)[t.visual.grids[..., 0] > 0]
     assert (shown % 4 == 0).all() and shown.max() <= 16

@@ -16,6 +16,7 @@ from pixel_jax.dialog import template
 from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.qwen3_vl import Qwen3VLConfig
+from pixel_jax.ops import timestamps
 from pixel_jax.rollouts.prompts import Query, build_prompts, prompt_tokens
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import BatchShape
@@ -41,19 +42,23 @@ def config(model):
 
 
 @pytest.mark.torch
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 40), st.sampled_from([0.5, 1.0, 2.0, 0.3, 4.0, 1 / 7]))
-def test_times_are_those_of_transformers(frames, seconds):
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 200), st.sampled_from([0.5, 1.0, 2.0, 10 / 3, 4.0, 7.0, 10.0, 24.0, 29.97, 30.0]))
+def test_a_written_video_is_that_of_transformers(frames, fps):
+    """With a token for each pair of frames. The chat template's marks stay around all of them."""
     from transformers import Qwen3VLProcessor
     from transformers.video_utils import VideoMetadata
 
-    marks = {"vision_start_token": "", "vision_end_token": "", "video_token": ""}
-    known = types.SimpleNamespace(video_processor=types.SimpleNamespace(merge_size=2, temporal_patch_size=2), **marks)
+    names = {f"{name}_token": template.SPECIAL_TOKENS[name] for name in ("vision_start", "vision_end")}
+    known = types.SimpleNamespace(
+        video_processor=types.SimpleNamespace(merge_size=2, temporal_patch_size=2), video_token="<|video_pad|>", **names
+    )
     known._calculate_timestamps = lambda *x: Qwen3VLProcessor._calculate_timestamps(known, *x)
-    metadata = VideoMetadata(frames, 2 / seconds, frames_indices=list(range(frames)))
-    given = {"video_grid_thw": np.array([[-(-frames // 2), 2, 2]]), "video_metadata": [metadata]}
-    theirs = Qwen3VLProcessor.replace_video_token(known, given, 0)
-    assert "".join(template.timestamps(frames, seconds)) == theirs
+    metadata = VideoMetadata(frames, fps, frames_indices=list(range(frames)))
+    made = {"video_grid_thw": np.array([[-(-frames // 2), 2, 2]]), "video_metadata": [metadata]}
+    asked = template.render([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}])
+    theirs = template.flatten(asked).replace("<|video_pad|>", Qwen3VLProcessor.replace_video_token(known, made, 0))
+    assert template.flatten(template.in_patches(asked, timestamps(frames, fps))) == theirs
 
 
 def processor(model, limits):

@@ -1,5 +1,7 @@
 """Conversations as prompts, and rows that are read while they write."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,6 +38,13 @@ def test_a_first_question_has_the_ids_of_training(speaker):
     prompt = prompt_of([said("user", Clip(clip.images, clip.seconds), clip.question)], speaker)
     assert prompt.ids == prompt_tokens(clip, WORDS, CONFIG, tools=speaker.tables.tools)
     assert prompt.query == clip._replace(images=list(clip.images))
+    # Each pair of frames stands behind its time, whether or not something was said since.
+    split = dataclasses.replace(speaker, config=dataclasses.replace(CONFIG, split_videos=True))
+    first = said("user", Clip(clip.images, clip.seconds), clip.question)
+    ids = prompt_tokens(clip, WORDS, split.config, tools=speaker.tables.tools)
+    assert prompt_of([first], split).ids == ids != prompt.ids
+    talk = [first, said("assistant", "Seven."), said("user", "Sure?")]
+    assert prompt_of(talk, split).ids[: len(ids)] == ids
 
 
 def test_later_questions_follow_what_was_answered(speaker):

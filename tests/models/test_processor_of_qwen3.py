@@ -1,9 +1,11 @@
-"""The processor of Qwen3.5 against transformers', which is that of Qwen3-VL: images, several of them, and videos.
+"""The processor of Qwen3-VL and Qwen3.5 against transformers': images, several of them, and videos; positions and logits, too.
 
-Pictures have sizes that need no resizing, of which `test_processors_of_families.py` is. Positions are compared by what each
-model makes of its own processor's arrays.
+Pictures have sizes that need no resizing, of which `test_processors_of_families.py` is.
 """
 
+import re
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_families
@@ -59,6 +61,17 @@ def pictures(rng, *shape):
     return rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
 
 
+def items_of(text, arrays):
+    """What positions are computed from: each pair of frames of a video is an item."""
+    ids, items = arrays["input_ids"], []
+    left = {kind: iter(arrays.get(f"{kind}_grid_thw", ())) for kind in ("image", "video")}
+    for kind in re.findall(r"<\|(\w+)_pad\|>", text):
+        slices, *size = next(left[kind]).tolist()
+        items += [(1, *size)] * slices
+    return ids, np.ones(ids.shape, bool), np.array([items]), np.zeros((1, len(items)), np.float32)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
 @pytest.mark.parametrize(
     ("text", "sizes", "frames"),
     [
@@ -66,13 +79,15 @@ def pictures(rng, *shape):
         (f"{IMAGE} look {IMAGE} {IMAGE} here", [(1, 2), (4, 1), (2, 2)], []),
         (f"look {VIDEO} here", [], [(6, 2, 1)]),
         (f"{IMAGE} look {VIDEO} here {VIDEO} {IMAGE} ?", [(1, 1), (3, 2)], [(5, 1, 2), (1, 2, 2)]),
+        (f"<|video_pad|> look {VIDEO} here", [], [(3, 1, 2), (8, 2, 2)]),  # without marks around it
     ],
 )
-def test_arrays_and_what_the_model_makes_of_them(text, sizes, frames, rng):
+def test_arrays_and_what_the_model_makes_of_them(name, text, sizes, frames, rng):
+    import torch
     from transformers.video_utils import VideoMetadata
 
-    model, theirs = tiny_families.pair("qwen3_5")
-    tokenizer, fps = words(), 4.0
+    model, theirs = tiny_families.pair(name)
+    tokenizer, fps = words(), 10.0  # of which some times are halfway between tenths
     images = [pictures(rng, *(SQUARE * x for x in size)) for size in sizes]
     videos = [pictures(rng, count, *(SQUARE * x for x in size)) for count, *size in frames]
     known = {
@@ -81,11 +96,8 @@ def test_arrays_and_what_the_model_makes_of_them(text, sizes, frames, rng):
             VideoMetadata(total_num_frames=len(x), fps=fps, frames_indices=[*range(len(x))]) for x in videos
         ],
     }
-    # A slice of a video brings its own marks of begin and end. Up to 4.57, when the family was released, transformers put them in
-    # the place of those of the chat template; 5.24 leaves both, unless the text has a placeholder alone.
-    bare = text.replace(VIDEO, "<|video_pad|>")
     made = their_processor(tokenizer)(
-        text=[bare], images=images or None, **(known if videos else {}), return_tensors="np"
+        text=[text], images=images or None, **(known if videos else {}), return_tensors="np"
     )
     expected = {name: np.asarray(x) for name, x in made.items()}
     if videos:
@@ -93,8 +105,12 @@ def test_arrays_and_what_the_model_makes_of_them(text, sizes, frames, rng):
     ours = Processor(tokenizer, family=type(model.config), vision=model.config.vision, **LIMITS)
     found = ours(text, images=images, videos=videos, fps=fps)
     assert found.keys() == expected.keys() - {"mm_token_type_ids"}
-    for name, x in found.items():
+    for key, x in found.items():
         close = np.testing.assert_allclose if x.dtype == np.float32 else np.testing.assert_array_equal
-        close(x, expected[name], **({"atol": 1e-6} if x.dtype == np.float32 else {}), err_msg=name)
-    arrays = {name: x.astype(np.int64 if x.dtype.kind == "i" else np.float32) for name, x in expected.items()}
+        close(x, expected[key], **({"atol": 1e-6} if x.dtype == np.float32 else {}), err_msg=key)
+    arrays = {key: x.astype(np.int64 if x.dtype.kind == "i" else np.float32) for key, x in expected.items()}
+    known = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+    indices = {key: torch.tensor(arrays[key]) for key in known if key in arrays}
+    positions, _ = model.positions(*items_of(text, found), jnp.zeros(1, jnp.int32))
+    np.testing.assert_array_equal(positions, theirs.model.get_rope_index(**indices)[0])
     assert relative(pixel_jax.forward(model, **found), their_logits(theirs, **arrays)) < 1e-5
