@@ -160,7 +160,7 @@ def search(
     most: int,
     report: Callable[[Compiled], object] = lambda compiled: None,
 ) -> dict[str, Compiled]:
-    """The plans of a run's steps: the fastest of the first `fitting` layouts that fit.
+    """Finds the plans of a run's steps: the fastest of the first `fitting` layouts that fit.
 
     A layout is one mesh for updates and scores and one for rollouts. The memory that the run holds besides a step's program
     counts, too: once a rollout is compiled, meshes whose training state does not fit beside it are ruled out.
@@ -333,7 +333,7 @@ def _no_cache():
 
 
 def _needed(message: str, machine: Machine) -> dict[str, Any]:
-    """The numbers of a plan that does not fit: the memory that the compiler asked for, where its message says so."""
+    """Returns the numbers of a plan that does not fit: the memory that the compiler needed, if its message has it."""
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     size = None
     if found:
