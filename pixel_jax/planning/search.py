@@ -62,7 +62,7 @@ class Compiled:
 
 
 class Times(NamedTuple):
-    """Seconds that each resource would need at its published peak."""
+    """The seconds that each resource would need at its published peak rate."""
 
     compute: float
     memory: float
@@ -108,7 +108,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
 
 
 def slots(recipe: Recipe) -> int:
-    """The number of rows of a rollout that are decoded at the same time."""
+    """The number of rows of a rollout that are decoded together."""
     config = recipe.config.learning
     return config.rollout.group_size * min(config.rollout.in_flight or config.prompts, config.prompts)
 
@@ -334,10 +334,10 @@ def _no_cache():
 
 def _needed(message: str, machine: Machine) -> dict[str, Any]:
     """Returns the numbers of a plan that does not fit: the memory that the compiler needed, if its message has it."""
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
+    match = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     size = None
-    if found:
-        number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    if match:
+        number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
         size = machine.per_chip * float(number) * 1024 ** ("KMGT".index(unit) + 1)
     empty = dict.fromkeys(("flops_per_chip", "bytes_moved", "collectives", "seconds", "bound"))
     return {"bytes_per_chip": size, **empty}
