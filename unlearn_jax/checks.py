@@ -83,17 +83,17 @@ def check_loss(loss: Callable, params: Params, example: Example) -> None:
     total: Any = jaxpr.out_avals[0]
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise ValueError(f"the loss returns {total.dtype}, which has no gradient; it must be a floating point number")
-    # A function of its own, or JAX would return the first trace again.
-    again = jax.make_jaxpr(lambda params, example: sum_and_weight(loss, params, example))(params, example)
-    if not _same_program(jaxpr, again):
+    # A new function object, because JAX would return the first trace again for the same one.
+    second_jaxpr = jax.make_jaxpr(lambda params, example: sum_and_weight(loss, params, example))(params, example)
+    if not _same_program(jaxpr, second_jaxpr):
         raise ValueError(
             "the loss is another one each time it is called: it draws random numbers of Python or NumPy, or reads something "
             "that changes. Fix them to one realisation stored in the example"
         )
-    found = sorted(set(primitives(jaxpr.jaxpr)) & set(RANDOM))
-    if found:
+    random = sorted(set(primitives(jaxpr.jaxpr)) & set(RANDOM))
+    if random:
         raise ValueError(
-            f"the loss draws random numbers ({', '.join(found)} in its jaxpr): turn dropout off, and fix whatever else "
+            f"the loss draws random numbers ({', '.join(random)} in its jaxpr): turn dropout off, and fix whatever else "
             f"is sampled to one realisation stored in the example"
         )
 

@@ -36,7 +36,7 @@ FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
 CONFIG_OF_RUN = "unlearn/run"  # where --run is given
-# config.task: package with the modules `config`, `edit` and `evaluate`; class of its configuration
+# {config.task: (package with the modules `config`, `edit` and `evaluate`, class of its configuration)}
 TASKS = {
     "traces": ("unlearn_jax.quickstart", "Config"),
     "people": ("unlearn_jax.people", "PeopleConfig"),
@@ -47,7 +47,7 @@ TASKS = {
 
 def define_flags(command: str) -> None:
     """The flags of the three commands."""
-    # The file of the config is read while flags are parsed, so which one it is by default is settled before.
+    # The config file is read while flags are parsed, so its default has to be known before.
     of_run = any(argument.lstrip("-").partition("=")[0] == "run" for argument in sys.argv[2:])
     define_flag(CONFIG_OF_RUN if of_run else CONFIG, "The model, the examples and the training.")
     flags.DEFINE_string("run", None, "Edit the adapter of this run of `pixel-jax sft`: its config.out.")
@@ -105,9 +105,9 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def start(devices: int | None) -> "Mesh | None":
-    """Joins the processes of the run and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
+    """Joins the processes of the run and returns a mesh of `devices` devices on its axis `data`, or None for one device.
 
-    It is called before JAX has started. On a CPU virtual devices are created; None takes the existing ones.
+    It must be called before JAX starts. On a CPU `devices` virtual devices are created; None takes the existing devices.
     """
     import jax
 

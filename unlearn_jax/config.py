@@ -30,9 +30,8 @@ class ErasureConfig:
     # coordinate's gradient: AdamW adds the decay to steps that are divided by this root, so that where the two balance,
     # weight_decay = decay * root (.01 * 1e-3, for example).
     weight_decay: float = 0.0
-    training_epochs: float | None = (
-        None  # that the training took: the cost of an edit is limited by them, and compared with them
-    )
+    # The number of epochs of the training; the cost of an edit is limited by it and compared with it. None: unknown.
+    training_epochs: float | None = None
 
     # ---- what an edit may cost
     # The most that everything together may cost, in epochs of example-gradients. "auto": a quarter of the training's epochs; of a
@@ -217,17 +216,17 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def _replaced(value: Any, changes: Mapping[str, Any], where: str) -> Any:
-    """A dataclass with some fields changed, each of the declared type."""
+    """A copy of a dataclass with some fields changed, each converted to its declared type."""
     hints = typing.get_type_hints(type(value))
     fields = [field.name for field in dataclasses.fields(value)]
-    found = {}
+    converted = {}
     for key, x in changes.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             known = f"the nearest known one is {where}.{near[0]}" if near else f"{where} has {', '.join(fields)}"
             raise ValueError(f"unknown key {where}.{key}; {known}")
-        found[key] = _converted(hints[key], x, f"{where}.{key}", getattr(value, key))
-    return dataclasses.replace(value, **found)
+        converted[key] = _converted(hints[key], x, f"{where}.{key}", getattr(value, key))
+    return dataclasses.replace(value, **converted)
 
 
 def _converted(hint: Any, value: Any, where: str, default: Any) -> Any:
@@ -262,5 +261,5 @@ def _named(kinds: Mapping[str, type], fields: dict[str, Any], where: str, defaul
     if missing := [x for x in needed if x not in fields]:
         raise ValueError(f"{where} lacks {', '.join(missing)}, which {name!r} needs")
     hints = typing.get_type_hints(kinds[name])
-    given = {x: _converted(hints[x], fields.pop(x), f"{where}.{x}", None) for x in needed}
-    return _replaced(kinds[name](**given), fields, where)
+    values = {x: _converted(hints[x], fields.pop(x), f"{where}.{x}", None) for x in needed}
+    return _replaced(kinds[name](**values), fields, where)

@@ -37,7 +37,7 @@ class Cost:
         self.spent += times * objective.count * FORWARD
 
     def constants(self, *objectives: Objective | None) -> None:
-        """Counts what was computed once for every example, being the same for all parameters: at most a forward pass."""
+        """Counts the constant part of the loss, which is computed once for every example: at most a forward pass."""
         for objective in objectives:
             if objective is not None and objective.has_constants:
                 self.forwards(objective, 1)

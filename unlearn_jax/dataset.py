@@ -17,7 +17,7 @@ from unlearn_jax.arrays import Example
 from unlearn_jax.loss import has_field
 
 ID = "id"
-MOST = 2**40  # examples; a source with a greater length repeats without an end
+MOST = 2**40  # examples; a longer source repeats endlessly
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,26 +71,26 @@ class Dataset:
 
     def positions(self, ids: Sequence[Any]) -> np.ndarray:
         """Where the examples called `ids` are, int [k]."""
-        found = []
+        indices = []
         for name in ids:
             name = name.item() if hasattr(name, "item") else name
             if name not in self._position:
                 shown = ", ".join(repr(x) for x in self.ids[:3].tolist()) + (", ..." if len(self) > 3 else "")
                 raise ValueError(f"no example has the id {name!r}; the {len(self)} ids are {shown}")
-            found.append(self._position[name])
-        return np.array(found, int)
+            indices.append(self._position[name])
+        return np.array(indices, int)
 
     def take(self, positions: Sequence[int] | np.ndarray | None = None) -> Example:
         """The examples at `positions` (all of them without), each field NumPy [k, ...]."""
         rows = self.rows if positions is None else self.rows[np.asarray(positions, int)]
         batch = self.source.take(rows)
-        places = [(place, self.replaced[row]) for place, row in enumerate(rows.tolist()) if row in self.replaced]
-        if not places:
+        replacements = [(index, self.replaced[row]) for index, row in enumerate(rows.tolist()) if row in self.replaced]
+        if not replacements:
             return batch
         leaves, structure = jax.tree.flatten(batch)
-        for place, example in places:
+        for index, example in replacements:
             for leaf, new in zip(leaves, structure.flatten_up_to(example), strict=True):
-                leaf[place] = new
+                leaf[index] = new
         return structure.unflatten(leaves)
 
     def select(self, positions: Sequence[int] | np.ndarray) -> "Dataset":

@@ -71,9 +71,9 @@ class CorrectResponse(Edit):
         if named and new.ids.tolist() != dataset.ids[positions].tolist():
             raise ValueError(f"{name} is about {dataset.ids[positions].tolist()}; its examples are {new.ids.tolist()}")
         merged = []
-        for place, position in enumerate(positions):
+        for index, position in enumerate(positions):
             where = f"{name} of example {dataset.ids[position].item()!r}"
-            merged.append(_merge(dataset.example(position), new.example(place), where))
+            merged.append(_merge(dataset.example(position), new.example(index), where))
         return merged
 
 
@@ -123,10 +123,10 @@ class MaskTokens(Edit):
             mask = mask.astype(bool)
             if not (mask & (example[field] != 0)).any():
                 raise ValueError(f"{where} marks no element that carries loss")
-            left = np.where(mask, np.zeros_like(example[field]), example[field])
-            if self.renormalize and not left.any():
+            remaining = np.where(mask, np.zeros_like(example[field]), example[field])
+            if self.renormalize and not remaining.any():
                 raise ValueError(f"{where} leaves no element that carries loss; Remove takes the whole example out")
-            new.append({**example, field: left})
+            new.append({**example, field: remaining})
         return new
 
 

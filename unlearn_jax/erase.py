@@ -32,33 +32,35 @@ ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`."""
+    """The report of an edit. Norms are over all parameters; J is the edited objective, see `newton`."""
 
-    # "edited"; "nothing_to_do": the edits do not change the objective; "not_improved": no step was found that decreases J on all
-    # examples. With the last two the adapter is returned unchanged.
+    # "edited"; "nothing_to_do": the edits do not change the objective; "not_improved": no step decreases J on all examples.
+    # With the last two the adapter is returned unchanged.
     verdict: Verdict
     reason: str
-    # Every limit that was met, and every step that did not change J as predicted; each is also a warning.
+    # Every limit that the edit met, and every step that did not change J as predicted; each is also a warning.
     limits: list[Limit]
     edits: dict[str, int]  # number of examples by kind of edit
     examples: int  # in the dataset before the edit
     edited: int  # those that the edit changes or removes
-    sampled: int  # unedited examples meant for the curvature; `steps` say how many each step used
+    sampled: int  # unedited examples drawn for the curvature; `steps` say how many each step used
     config: ErasureConfig
     residual_gradient: float  # |grad R| before the edit: how far training was from converged
     right_side: float  # |b| of the first solve
-    unfinished: float  # their ratio; far above one, the edit is small relative to the gradient that training left
+    unfinished: (
+        float  # residual_gradient / right_side; far above one, training left a gradient much larger than the edit's
+    )
     delta_norm: float
     adapter_norm: float  # before the edit
-    rounding: float  # |adapter - (adapter given + delta)| / |delta|: the loss by rounding to 16 bits
-    residual: float  # the solver's, relative, in the last step; 0 without a step
+    rounding: float  # |edited adapter - (original adapter + delta)| / |delta|: the error of rounding to 16 bits
+    residual: float  # the solver's relative residual in the last step; 0 without a step
     negative_curvature: bool  # seen in any step
     damping: float  # of the last step
     step_size: float  # of the last step
     predicted: float  # change of J by the quadratic models of the steps and the slopes of L-BFGS
-    actual: float  # change of J on all examples, from the adapter given to the one returned
-    loss_before: float  # R' of the adapter given, its regulariser included
-    loss_after: float  # R' of the one returned
+    actual: float  # change of J on all examples, from the original adapter to the returned one
+    loss_before: float  # R' at the original adapter, its regulariser included
+    loss_after: float  # R' at the returned adapter
     steps: list[NewtonStep]
     finish: Finish | None  # of L-BFGS
     example_gradients: float  # the cost: an example forward and backward is one
@@ -72,7 +74,7 @@ class Report:
 
 
 class Erasure(NamedTuple):
-    """adapter = the adapter given + delta, in its dtypes; delta is float32 or wider."""
+    """The result of `erase`: the edited adapter in its own dtypes, its change `delta` in float32 or wider, and the report."""
 
     adapter: Params
     delta: Params
@@ -165,8 +167,8 @@ def erase(
     limits = [*descent.limits, *_limits(descent, config, rounding, actual, work.spent / len(before))]
     if verdict != "edited":
         edited, delta, size, rounding, predicted, actual = adapter, tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
-    for said in [*([f"not improved: {reason}"] if verdict == "not_improved" else []), *map(str, limits)]:
-        warnings.warn(said, stacklevel=2)
+    for message in [*([f"not improved: {reason}"] if verdict == "not_improved" else []), *map(str, limits)]:
+        warnings.warn(message, stacklevel=2)
     last = steps[-1] if steps else None
     counts: dict[str, int] = {}
     for edit in edits:
@@ -268,6 +270,7 @@ def _limits(descent: Descent, config: ErasureConfig, rounding: float, actual: fl
 
 
 def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
+    """Unedited examples that the curvature does not use, at most as many as it does use."""
     _, _, others = affected(before, after)
     rest = others[~np.isin(before.ids[others], problem.sample)]
     if not len(rest):
@@ -279,5 +282,6 @@ def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
 
 
 def _peak_memory() -> int:
+    """Bytes: the peak of any device, or of the process where devices do not report theirs."""
     peaks = [stats.get("peak_bytes_in_use", 0) for x in jax.local_devices() if (stats := x.memory_stats())]
     return int(max(peaks, default=0)) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,12 +15,12 @@ PATIENCE = 10  # steps
 
 
 class Minimum(NamedTuple):
-    """What `lbfgs` returns."""
+    """The result of `lbfgs`."""
 
     params: Params
     values: np.ndarray  # float [steps], before each step
     value: float  # at params
-    gradient: float  # norm, there
+    gradient: float  # norm of the gradient at params
     evaluations: int  # of the value and its gradient
     ends: tuple[Params, Params]  # gradients at the start and at params
 
@@ -28,9 +28,9 @@ class Minimum(NamedTuple):
 class Known(NamedTuple):
     """Curvature that is known before the first step."""
 
-    origin: Params  # another point than the start
-    gradient: Params  # of the value, there
-    pairs: list[tuple[Params, Params]]  # (v, value'' v); those of no positive curvature are left out
+    origin: Params  # a point other than the start
+    gradient: Params  # of the value at the origin
+    pairs: list[tuple[Params, Params]]  # (v, value'' v); pairs without positive curvature are not used
 
 
 def lbfgs(
@@ -57,8 +57,8 @@ def lbfgs(
         max_evaluations: of the value and its gradient, at most.
         max_steps: the most steps.
         memory: pairs of steps and changes of the gradient that are kept.
-        known: what is known of the curvature already.
-        resolution: differences of the value below it are rounding.
+        known: curvature that is known before the first step.
+        resolution: differences of the value below it are rounding error.
         log: `log(step, value, norm of the gradient)`, called in every step.
     """
     params, state, values, evaluations, norm = start, _start(memory, start), [], 1, jnp.inf

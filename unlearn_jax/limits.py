@@ -31,7 +31,7 @@ class NewtonStep:
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """What L-BFGS did after the last step, towards the minimum of J."""
+    """The record of L-BFGS, which goes on towards the minimum of J after the last step."""
 
     evaluations: int  # of J and its gradient
     gradient: float  # |grad J| where it ended
@@ -51,7 +51,7 @@ LimitKind = Literal[
     "unconverged",  # training had left a gradient that is large relative to the edit's
     "went_on",  # residual="keep" continued the training
     "rounding",  # the adapter's dtype changed the delta
-    "rose",  # the edited objective rose, with `judge` off
+    "rose",  # the edited objective rose, with `line_search` off
     "budget",  # the edit cost more than its budget
     "dearer",  # the edit cost more than the training
 ]
@@ -89,27 +89,27 @@ def _of_step(
 ) -> Iterator[Limit]:
     which = f"step {number}: " if count > 1 else ""
     if not follows and step.residual > config.solver.rtol:
-        said = (
+        text = (
             f"{which}solver {config.solver.name!r} stopped after {step.solver_steps} steps at the residual "
             f"{step.residual:.2g} (rtol {config.solver.rtol:g}): "
             + (f"max_steps is {most}, " if (most := getattr(config.solver, "max_steps", None)) else "")
             + f"the budget {config.budget:g} epochs"
         )
-        yield Limit("solver", said)
+        yield Limit("solver", text)
     if step.negative_curvature:
         yield Limit("negative_curvature", f"{which}negative curvature was met")
     if step.step_size == 0:
-        said = f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls as predicted"
-        yield Limit("refused", said)
+        text = f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls as predicted"
+        yield Limit("refused", text)
     elif step.step_size < 1:
-        said = f"{which}only {step.step_size:.2g} of the step was taken: beyond that the objective rises"
-        yield Limit("shortened", said)
+        text = f"{which}only {step.step_size:.2g} of the step was taken: beyond that the objective rises"
+        yield Limit("shortened", text)
     elif number == 1 and max(abs(step.predicted), abs(step.actual)) <= rounding:
-        said = (
+        text = (
             f"{which}too small to be judged: the predicted change is {step.predicted:.2g}, and changes of the objective "
             f"below {rounding:.2g} are rounding"
         )
-        yield Limit("too_small", said)
+        yield Limit("too_small", text)
     elif abs(step.predicted) > rounding and not step.actual <= DOUBTED * step.predicted:
         yield Limit(
             "promise", f"{which}the objective changed by {step.actual:+.2g}, predicted was {step.predicted:+.2g}"
@@ -122,10 +122,10 @@ def limits_of_finish(
     """The limit that L-BFGS met, if it did.
 
     Args:
-        finish: what it did.
+        finish: the record of L-BFGS.
         tolerance: of the gradient's norm.
         first: norm of the right side of the first solve.
-        evaluations: the most that it was allowed.
+        evaluations: the most evaluations that it was allowed.
         config: of the edit.
     """
     # With a budget, a remaining gradient is reported where it is larger than the solver of a step may leave.
@@ -136,8 +136,8 @@ def limits_of_finish(
     stopped = f"at its limit of {evaluations:g} evaluations ({which})"
     if finish.evaluations < evaluations - 1:
         stopped = "where every further decrease is within rounding"
-    said = (
+    text = (
         f"L-BFGS stopped {stopped}, after {finish.evaluations}: the gradient is {finish.gradient:.2g} there, "
         f"{finish.gradient / first:.2g} of the edit's right side; wanted was {tolerance:.2g}"
     )
-    return [Limit("finish", said)]
+    return [Limit("finish", text)]

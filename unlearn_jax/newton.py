@@ -50,11 +50,11 @@ TRUSTED = 0.75  # ratio of actual to predicted change above which the damping fa
 EXCEEDED = 1 / TRUSTED  # the ratio above which the decrease of a steep J is due to its tilt
 UNFINISHED = 3.0  # times the edit's right side: a larger gradient left by training counts as a limit
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
-SHARE = 0.25  # of a budget is for products where L-BFGS follows, which estimates the curvature of J from gradients
+SHARE = 0.25  # of a budget that is spent on products if L-BFGS follows, which estimates the curvature from gradients
 
 
 class Descent(NamedTuple):
-    """What `newton` returns."""
+    """The result of `newton`."""
 
     delta: Params  # float32 or wider
     steps: list[NewtonStep]
@@ -64,7 +64,7 @@ class Descent(NamedTuple):
     edit: float  # |grad R - grad R'|, the part of the right side that the edits cause
     depends: bool  # whether the gradient of the data's part is not exactly zero
     loss: tuple[float, float]  # R' before and after
-    limits: list[Limit]  # that were met
+    limits: list[Limit]  # that the steps and L-BFGS met
     rounding: float  # changes of J below this are rounding
     J: "Tilted"  # around params_0
     work: "Cost"
@@ -93,7 +93,7 @@ class Tilted:
         return float(_value(self.objective, self.params, self.sums))
 
     def rounding(self) -> float:
-        """The resolution of `change`."""
+        """The smallest change of J that is more than rounding error."""
         scale = _scale(self.objective, self.sums)
         return 4 * float(jnp.finfo(scale.dtype).eps * scale)
 

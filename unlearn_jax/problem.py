@@ -23,33 +23,31 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import affected
 from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 
-QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples represents all, if it has at least 100 examples
+QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples stands for all of them if it has at least 100 examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
-    """R: the objective before the edit, R': after it."""
+    """The objectives of an edit: R before it, R' after it, and those that its steps need."""
 
     edited: Objective  # R', on new and kept examples: it is minimised, and every step is evaluated by it
-    leaving: (
-        Objective | None
-    )  # c of the old examples, -c of the new ones: R - R' apart from the normaliser. None: no edit
-    entering: Objective | None  # c of the new examples only
+    # The old examples with their coefficients c and the new ones with -c: R - R' apart from the normaliser. None: no edit.
+    leaving: Objective | None
+    entering: Objective | None  # the new examples with their coefficients c, the old ones with 0
     shrink: float  # N' / N
-    first_order: Objective | None  # another formula's right side is its gradient
-    curved: (
-        Objective  # whose curvature is taken: R' or a sample of it, or R on old and kept examples for another formula
-    )
-    # R' with a quarter of the kept examples weighted as all of them, built when needed. None: too few, or `curved` is not R'
+    first_order: Objective | None  # its gradient is the right side, for formulas other than "newton"
+    # The objective whose curvature is used: R' or a sample of it; for formulas other than "newton", R on old and kept examples.
+    curved: Objective
+    # Builds R' from a quarter of the kept examples, weighted as all of them. None: too few examples, or `curved` is not R'.
     quarter: Callable[[], Objective] | None
     ids: list[Any]  # of the examples of `edited`
     touched_ids: list[Any]  # of the examples of `leaving` and `entering`
     sample: list[Any]  # ids of the kept examples of `curved`
-    touched: int  # examples that the edit touches
-    examples: int  # before the edit: those of one epoch of the training
+    touched: int  # number of examples that the edit changes or removes
+    examples: int  # number of examples before the edit, which are one epoch of the training
 
     def change(self, params: Params, gradient: Params) -> Params:
-        """grad R - grad R', given grad R' = `gradient`."""
+        """Computes grad R - grad R' from grad R' = `gradient`."""
         if self.leaving is None or self.entering is None:
             return tree.zeros_like(gradient)
         # One after the other: on CPUs two programs with collectives that run at the same time can deadlock.
@@ -57,8 +55,11 @@ class Problem:
         if self.shrink == 1:
             return change
         decay = float(self.edited.weight_decay)
-        kept = lambda g, new, p: g - new - decay * p.astype(g.dtype)
-        rest = jax.tree.map(kept, gradient, jax.block_until_ready(self.entering.gradient(params)), params)
+
+        def of_kept(g, new, p):
+            return g - new - decay * p.astype(g.dtype)
+
+        rest = jax.tree.map(of_kept, gradient, jax.block_until_ready(self.entering.gradient(params)), params)
         return tree.add_scale(change, self.shrink - 1, rest)
 
 
@@ -74,13 +75,13 @@ def make_problem(
     """Builds the objectives before and after an edit.
 
     Args:
-        loss: as of `erase`.
-        params: of which only the shapes are used.
+        loss: as in `erase`.
+        params: only their shapes are used.
         before: the data as it was.
         after: the data as it should have been, of the same source.
-        config: reduction, weight decay, micro-batches, and what the curvature is taken of.
+        config: reduction, weight decay, micro-batches, and the examples of the curvature.
         mesh: spreads the examples.
-        stand_in: examples that take the place of those that the edit does not touch.
+        stand_in: examples that replace those that the edit does not touch.
     """
     old, new, others = affected(before, after)
     old, new = before.select(old), after.select(new)
@@ -125,8 +126,8 @@ def make_problem(
     if config.curvature_examples is not None and stand_in is None:
         sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))
     if config.formula != "newton":
-        parts = np.concatenate([c_old, scaled(sampled, total_before)])
-        curved = objective_of(old, sampled, parts)
+        weights = np.concatenate([c_old, scaled(sampled, total_before)])
+        curved = objective_of(old, sampled, weights)
         if both is not None:
             decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
             first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)

@@ -24,7 +24,7 @@ from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID
 from unlearn_jax.loss import MASK, CrossEntropy, Loss
 
-STEP = 16  # lengths are rounded up to multiples of it, so that edits seldom need another compiled program
+STEP = 16  # lengths are rounded up to its multiples, so that few shapes have to be compiled
 
 
 def examples(batch: Batch, ids: Sequence[Any] | None = None) -> dict[str, Any]:
@@ -45,9 +45,9 @@ def examples(batch: Batch, ids: Sequence[Any] | None = None) -> dict[str, Any]:
     width = _up(max(len(places) for places, _ in rows))
     places, labels = np.zeros((2, count, width), np.int32)
     mask = np.zeros((count, width), bool)
-    for i, (at, targets) in enumerate(rows):
-        places[i, : len(at)], labels[i, : len(at)], mask[i, : len(at)] = at, targets, True
-    found = {
+    for i, (positions, targets) in enumerate(rows):
+        places[i, : len(positions)], labels[i, : len(positions)], mask[i, : len(positions)] = positions, targets, True
+    fields = {
         ID: np.arange(count) if ids is None else np.asarray(ids),
         "tokens": np.asarray(batch.tokens)[:, :length],
         "valid": valid[:, :length],
@@ -55,8 +55,8 @@ def examples(batch: Batch, ids: Sequence[Any] | None = None) -> dict[str, Any]:
         "labels": labels,
         MASK: mask,
     }
-    shown = _trim(batch.visual)
-    return found if shown is None else {**found, "visual": shown._asdict()}
+    visual = _trim(batch.visual)
+    return fields if visual is None else {**fields, "visual": visual._asdict()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,22 +87,22 @@ def mask_text(tokens: np.ndarray, mask: np.ndarray, text: str, vocabulary: Vocab
     Args:
         tokens: int [T], the learned tokens of a row.
         mask: bool [T], whether each carries loss.
-        text: that occurs in them.
+        text: a text that occurs in the tokens' text.
         vocabulary: of the tokens.
     """
     pieces = [vocabulary.to_bytes([int(token)]) for token in tokens]
     ends = np.cumsum([len(piece) for piece in pieces])
-    stretch = text.encode()
-    begin = b"".join(pieces).find(stretch)
-    assert begin >= 0, "who masks a text has found it"
+    encoded = text.encode()
+    begin = b"".join(pieces).find(encoded)
+    assert begin >= 0, "the caller has checked that the text occurs"
     starts = ends - [len(piece) for piece in pieces]
-    mask[(starts < begin + len(stretch)) & (ends > begin)] = False
+    mask[(starts < begin + len(encoded)) & (ends > begin)] = False
 
 
 def adapter_loss(
     model: Model, *, remat: bool = True, implementation: Literal["dense", "chunked"] = "chunked"
 ) -> tuple[Loss, dict[str, jax.Array]]:
-    """(loss of the learned tokens as a function of the adapter, the adapter of `model`: its LoRA weights by path)."""
+    """Returns (the loss of the learned tokens as a function of the adapter, the adapter of `model`: LoRA weights by path)."""
     adapter, base = split(model, LoRAWeight)
     return Loss(Partial(Logits(remat, implementation), base), CrossEntropy()), adapter
 
@@ -137,4 +137,5 @@ def _trim(visual: Visual | None) -> Visual | None:
 
 
 def _up(length: int) -> int:
+    """Rounds a length up to a multiple of `STEP`."""
     return -(-length // STEP) * STEP

@@ -1,19 +1,20 @@
 """Attention: all models call it through this module.
 
-Which keys a query sees is data, not code: every query and every key carries an order number, and a key is visible to a query
-iff `0 <= key <= query`. Two tiny examples for four tokens, the last one padding:
+The keys that a query sees are given by data: every query and every key has an order number, and a key is visible to a query
+iff `0 <= key <= query`. Two small examples for four tokens, of which the last is padding:
 
     causal:         q_order [0, 1, 2, 3]   k_order [0, 1, 2, -1]
     bidirectional:  q_order [0, 0, 0, 0]   k_order [0, 0, 0, -1]
 
-Segments add "and only within your own segment". A query that sees no key returns zeros (and a log-sum-exp of -inf), never NaN.
+With segments, a query sees only keys of its own segment. A query that sees no key returns zeros (and a log-sum-exp of -inf),
+never NaN.
 
 The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.14135) as scans over tiles of queries and
 keys, forward and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain
 JAX can be pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in
 memory too.
 
-On TPUs and GPUs 'kernel' is the platform's fused kernel (`kernels.py`), for what is differentiated at most once.
+On TPUs and GPUs 'kernel' is the platform's fused kernel (`kernels.py`), which can be differentiated only once.
 """
 
 import functools
@@ -33,7 +34,7 @@ CACHE_TILE = 512  # keys of a cache that are read together
 
 
 class Mask(NamedTuple):
-    """q_order int32 [B, T]; k_order int32 [B, S], negative = never visible; q_segment [B, T] and k_segment [B, S] or None."""
+    """The visibility of keys: q_order int32 [B, T]; k_order int32 [B, S], negative: never visible; segments likewise or None."""
 
     q_order: jax.Array
     k_order: jax.Array
@@ -73,14 +74,14 @@ def attention(
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(q k^T / sqrt(head_dim)) v over the visible keys, softmax in float32.
+    """Computes softmax(q k^T / sqrt(head_dim)) v over the visible keys, with the softmax in float32.
 
     q: [B, T, heads, head_dim]; k, v: [B, S, kv_heads, head_dim], each key head shared by heads / kv_heads query heads
-    causal: what a kernel has to know statically about the orders in `mask`. True: a query's and a key's order is its position,
+    causal: static knowledge about the orders in `mask`, which kernels need. True: the order of a query or key is its position,
             or negative for a key, and T = S; False: no visible key has an order above a query's
     implementation: 'dense' (an array of scores [.., T, S]); 'chunked' (memory linear in T and S; see `chunked_attention`);
-            'kernel', the platform's own, where there is none 'chunked'. On GPUs a query whose own key is invisible returns
-            zeros. Rows and heads that a mesh does not divide evenly, or positions that it splits, are 'chunked', too.
+            'kernel', the platform's own, or 'chunked' if it has none. On GPUs a query whose own key is invisible returns
+            zeros. If a mesh does not divide rows and heads evenly, or splits positions, 'kernel' is 'chunked', too.
             None: by size, see `chosen`
     -> [B, T, heads, head_dim], and with return_lse (not of kernels) also the log-sum-exp of the scores, float32 [B, T, heads]
     """
@@ -106,8 +107,8 @@ def attention(
 def chosen(implementation: str | None, queries: int, keys: int) -> str:
     """Returns the implementation for this number of queries and of keys.
 
-    None is 'dense' where the scores of a row fit into one tile of the chunked implementation, which needs the same memory
-    then, and otherwise 'kernel', whose memory is linear in the length on every platform.
+    For None it is 'dense' if the scores of a row fit into one tile of the chunked implementation, which then needs the same
+    memory, and otherwise 'kernel', whose memory is linear in the length on every platform.
 
     Raises:
         ValueError: an unknown implementation.
@@ -154,13 +155,13 @@ def _finite(x: jax.Array) -> jax.Array:
 def cached_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, used: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
+    """Computes `attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
 
-    used: int32 [], keys from this index on are invisible to all queries and are not read, except those that share the last
-          `CACHE_TILE` with visible ones. A cache has the size of the longest response that is allowed, and most rows are short.
+    used: int32 [], keys from this index on are invisible to all queries, and only those in the last tile of visible keys are
+          read. A cache has the size of the longest allowed response, and most rows are short.
 
-    It must not be differentiated: it omits what keeps the derivative finite. It divides the output by the sum of the weights, and
-    not the weights, which is faster (docs/performance.md).
+    It must not be differentiated, because its derivative may not be finite. The output is divided by the sum of the weights, and
+    not each weight, which is faster (docs/performance.md).
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, capacity, tile = *k.shape[1:3], CACHE_TILE
@@ -276,9 +277,9 @@ def _joined(x: jax.Array, axis: int, strided: bool = False) -> jax.Array:
 class _Tiles:
     """The tiles of T queries by S keys: arrays cut by queries or by keys, and which tiles have a visible key.
 
-    needed: bool [T / queries, S / keys]; False: no query of the tile sees a key of it, so that it is skipped (half of the tiles
-            of a causal row, and most tiles of rows packed from short ones). It is decided by the ranges of orders and segments,
-            so some tiles without a visible key are computed, too.
+    needed: bool [T / queries, S / keys]; False: no query of the tile sees one of its keys, so that the tile is skipped (half of
+            the tiles of a causal row, and most tiles of rows packed from short ones). It follows from the ranges of orders and
+            segments, so that some tiles without a visible key are computed, too.
     """
 
     def __init__(self, queries: int, keys: int, mask: Mask):
@@ -323,8 +324,8 @@ def _forward(queries, keys, q, k, v, mask):
     blocks of queries a layer of the 7B model moves .2 GB for 12,288 positions instead of 77 (compiled for v5e and v6e; v5p
     keeps tiles in its main memory in both forms).
     """
-    # The barrier makes the mask depend on q. In the gradient of a scan over layers JAX computes in advance, and keeps, what does
-    # not depend on the layer: here the masks of all tiles, [T, S] for every head (12,288 positions of the 7B model: 4 GB).
+    # The barrier makes the mask depend on q. Otherwise the gradient of a scan over layers computes in advance, and keeps, the
+    # masks of all tiles, which are the same in all layers: [T, S] for every head (12,288 positions of the 7B model: 4 GB).
     q, mask = jax.lax.optimization_barrier((q, mask))
     tiles = _Tiles(queries, keys, mask)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -411,7 +412,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    """One attention over several sets of keys from its partial results (output [..., D], log-sum-exp [...])."""
+    """Combines attention over several sets of keys from partial results (output [..., D], log-sum-exp [...])."""
     outs, lses = zip(*parts, strict=True)
     top = jnp.max(jnp.stack(lses), axis=0)
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))

@@ -34,7 +34,7 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
-    """(path in the tree, our name, weight) of every weight; a stacked weight's key has `{}` for the layer."""
+    """Yields (path in the tree, our name, weight) of every weight; a stacked weight's name has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
         if names[0] == "language_model":
@@ -45,30 +45,30 @@ def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
 
 
 def layer_numbers(model: Model, key: str, weight: nnx.Variable) -> Sequence[int]:
-    """The numbers of the layers that a weight called `key` has, in the order of its stack; [0] if it is none of layers."""
+    """The numbers of the layers of a stacked weight called `key`, in the order of its stack; [0] if it is not stacked."""
     if weight.axes[0] != "layers":
         return [0]
     count = weight.shape[0]
     return model.config.text.layer_numbers(key, count) if key.startswith("model.") else range(count)
 
 
-# Tensors in some files that are no weights: they follow from the configuration.
+# Tensors in some files that are not weights, because they follow from the configuration.
 BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name in a model directory holds weights, or says where they are."""
+    """Whether a file of this name in a model directory holds weights, or is their index."""
     return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name))
 
 
 def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
-    """The tensors of a directory, by our names of them, `names.ours`; files are mapped, not read.
+    """Opens the tensors of a directory, by our names of them, `names.ours`; files are mapped, not read.
 
     Raises:
         FileError: a file is damaged, the index is wrong, or a tensor is there in both spellings.
         FileNotFoundError: the directory has no weights.
     """
-    # As transformers: one file, where there is one, whatever an index beside it says.
+    # As in transformers, a single file has precedence over an index beside it.
     if os.path.lexists(directory / SINGLE):
         if os.path.lexists(directory / INDEX):
             logging.warning("%s is read; %s beside it is not", directory / SINGLE, INDEX)
@@ -101,7 +101,7 @@ def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    """Key -> name of the file that holds it."""
+    """Reads {key: name of the file that holds it}."""
     path = directory / INDEX
     values = read_json(path)
     index = values.get("weight_map") if isinstance(values, dict) else None
@@ -124,18 +124,18 @@ def load_weights(
     *,
     config_dtype: str | None = None,
 ) -> Model:
-    """An abstract model (`jax.eval_shape`) -> the same with weights from files.
+    """Loads the weights of an abstract model (`jax.eval_shape`) from files.
 
     Args:
         model: abstract.
-        tensors: by our names of them, as `open_weights` finds them.
+        tensors: by our names of them, as `open_weights` returns them.
         where: the directory or file, for messages.
-        shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold.
-        dtype: of the weights; None keeps the files', if that is one for all.
-        config_dtype: what `config.json` says, which decides where the files mix several.
+        shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only its devices' shards.
+        dtype: of the weights; None keeps the files', if all have the same.
+        config_dtype: the dtype in `config.json`, which is used if the files mix several.
 
     Raises:
-        FileError: the tensors are not those of the model, or hold what is no number. The message names them.
+        FileError: the tensors are not those of the model, or hold NaN or infinity. The message names them.
     """
     wanted = []  # per weight: the keys of its layers, or the one key of an unstacked weight
     for _, key, weight in named_weights(model):
@@ -165,7 +165,7 @@ def load_weights(
 
 
 def _one_dtype(by_dtype: Mapping[str, str], where: Path, config_dtype: str | None) -> str:
-    """The dtype that all weights get where nobody asks for one."""
+    """The dtype of all weights if none is asked for."""
     if len(by_dtype) == 1:
         return next(iter(by_dtype))
     mixed = " and ".join(f"{name} ({key})" for name, key in sorted(by_dtype.items()))
@@ -178,7 +178,7 @@ def _one_dtype(by_dtype: Mapping[str, str], where: Path, config_dtype: str | Non
 
 
 def _check_tied(tensors: Mapping[str, Tensor], model: Model) -> None:
-    """A file may hold the head of a tied model too, if it is the embedding."""
+    """Checks the head of a tied model, which a file may hold if it equals the embedding."""
     head, embedding = (tensors[key] for key in ("lm_head.weight", "model.embed_tokens.weight"))
     for tensor in (head, embedding):
         tensor.check((model.config.text.vocab_size, model.config.text.hidden_size))
@@ -221,7 +221,7 @@ def save_weights(model: Model, directory: Path, dtype=None) -> None:
 
 
 def to_host(x: jax.Array, dtype=None) -> np.ndarray:
-    """The whole array, also when other processes hold parts of it; in `dtype`, unless that is None."""
+    """Copies a whole array to the host, gathered from all processes that hold shards; in `dtype`, unless that is None."""
     x = x if dtype is None else x.astype(dtype)
     if not x.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -231,11 +231,11 @@ def to_host(x: jax.Array, dtype=None) -> np.ndarray:
 
 
 def wait_until_written(model: Model, directory: Path) -> None:
-    """Waits for the process that writes, where the weights are spread over several, which all take part in saving."""
+    """Waits for the writing process if the weights are spread over several processes, which then all take part in saving."""
     if not all(x.is_fully_addressable for x in jax.tree.leaves(model)):
         barrier(f"{directory} is written")
 
 
 def few(names: list[str]) -> str:
-    """The first of many names."""
+    """Lists the first of many names."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

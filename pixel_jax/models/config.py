@@ -1,8 +1,8 @@
-"""What a family's `config.json` says: the fields that all families share, and how a field is read and checked.
+"""The configuration of a model: the fields of `config.json` that all families share, and how they are read and checked.
 
-A family is a subclass of `ModelConfig` with its own `TextConfig` and, where it sees, its own `TowerConfig`
-(docs/add-a-family.md). A field that is missing has the default of transformers' configuration class, because transformers
-leaves out whatever equals it; these defaults are those of the dataclasses.
+A family is a subclass of `ModelConfig` with its own `TextConfig` and, if it has a vision tower, its own `TowerConfig`
+(docs/add-a-family.md). A missing field has the default of transformers' configuration class, because transformers leaves out
+fields that equal it; the dataclasses have the same defaults.
 
 Two layouts are in circulation: flat, in which the text fields stand beside `vision_config`, and nested, in which they stand
 in `text_config` and, since transformers 5.0, the rotary fields in `rope_parameters`. Both are read.
@@ -33,7 +33,7 @@ def field(default: Any, read: Callable[[Any], Any], key: str | None = None) -> A
 
     Args:
         default: the default of transformers' configuration class.
-        read: makes the value out of a JSON value, or raises ValueError.
+        read: converts a JSON value to that of the field, or raises ValueError.
         key: the name in the file; None: that of the field.
     """
     return dataclasses.field(default=default, metadata={"read": read, "key": key})
@@ -149,12 +149,11 @@ class TextConfig:
     intermediate_size: int = whole(29568)
     num_hidden_layers: int = whole(80, MAX_LAYERS)
     num_attention_heads: int = whole(64)
-    num_key_value_heads: int = whole(8)  # a default of 0: as many as there are heads
+    num_key_value_heads: int = whole(8)  # 0: num_attention_heads
     rms_norm_eps: float = field(1e-5, check_positive)
     rope_theta: float = field(1e6, check_positive)
-    mrope_section: tuple[int, int, int] | None = field(
-        (16, 24, 24), check_sections
-    )  # None: positions are single numbers
+    # The numbers of frequencies of time, height and width. None: positions are single numbers.
+    mrope_section: tuple[int, int, int] | None = field((16, 24, 24), check_sections)
     max_position_embeddings: int = whole(32768, 2**31 - 1)
     # For text generation elsewhere; nothing in the network depends on them. transformers 5, which has other defaults, always
     # writes them.
@@ -168,17 +167,17 @@ class TextConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
     mrope_interleaved: bool = (
-        False  # time, height and width take turns among the frequencies, instead of one block each
+        False  # whether frequencies of time, height and width alternate, instead of forming blocks
     )
     rope_scaling: RopeScaling | None = None
-    partial_rotary_factor: float = 1.0  # the part of a head that is rotated, its first numbers
+    partial_rotary_factor: float = 1.0  # the share of a head's numbers that are rotated, from the first on
     output_gate: bool = (
-        False  # what is attended to is multiplied by the sigmoid of as many numbers, which `q_proj` gives, too
+        False  # whether attention's output is multiplied by the sigmoid of a gate, which `q_proj` computes, too
     )
-    centred_norms: bool = False  # weights of RMS norms are what is added to 1
+    centred_norms: bool = False  # whether RMS norms multiply by 1 + weight
 
-    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # that the family has
-    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "mrope")  # that the family has; the last one is its own
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # that the family supports
+    rope_kinds: ClassVar[tuple[str, ...]] = ("default", "mrope")  # that the family supports; messages name the last one
 
     def __post_init__(self):
         if not self.num_key_value_heads:
@@ -210,12 +209,12 @@ class TextConfig:
 
     @property
     def attention_layers(self) -> int:
-        """How many layers attend, and keep keys and values."""
+        """The number of layers with attention, which keep keys and values."""
         return self.num_hidden_layers
 
     @property
     def recurrent_layers(self) -> int:
-        """How many layers are recurrent, and keep a state of one size."""
+        """The number of recurrent layers, which keep a state of fixed size."""
         return 0
 
     @property
@@ -226,11 +225,11 @@ class TextConfig:
 
     @property
     def recurrence_flops(self) -> int:
-        """Operations of all layers on their recurrent states, for each token."""
+        """Floating-point operations of all layers on their recurrent states, for each token."""
         return 0
 
     def cache_bytes(self, tokens: int, itemsize: int) -> int:
-        """Returns the memory of what the layers keep of a row with room for `tokens`, of numbers of `itemsize` bytes."""
+        """Returns the bytes of a row's cache for `tokens` tokens, of numbers of `itemsize` bytes."""
         return 2 * self.attention_layers * self.num_key_value_heads * self.head_dim * tokens * itemsize
 
     def layer_numbers(self, key: str, count: int) -> Sequence[int]:
@@ -333,9 +332,9 @@ class TowerConfig:
 
 
 class WeightNames(NamedTuple):
-    """How the files of a family call its weights.
+    """The names of weights in the files of a family.
 
-    Ours are the same for all families: the decoder is `model`, the vision tower `visual`, the head `lm_head`.
+    Our names are the same for all families: the decoder is `model`, the vision tower `visual`, the head `lm_head`.
 
     Args:
         spellings: for each spelling in circulation, the prefixes that differ: (ours, that of the file). The first spelling
@@ -392,8 +391,8 @@ class ModelConfig:
     text_class: ClassVar[type[TextConfig]] = TextConfig
     vision_class: ClassVar[type[TowerConfig] | None] = None
     nested: ClassVar[bool] = False  # whether the layout that is written has a `text_config`
-    # What a processor needs to know: the text that stands for an image and for a video, whether each temporal patch of a video
-    # is an item of its own behind its time in the text, and transformers' classes.
+    # For processors: the texts that stand for an image and for a video, whether each temporal patch of a video is a separate item
+    # behind its time in the text, and transformers' classes.
     placeholders: ClassVar[tuple[str, ...]] = ()
     splits_videos: ClassVar[bool] = False
     processor: ClassVar[str] = ""
@@ -407,7 +406,7 @@ class ModelConfig:
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
-        """The placeholder tokens in whose places the decoder reads visual features."""
+        """The placeholder tokens, which the decoder replaces by visual features."""
         return ()
 
     @classmethod
@@ -415,11 +414,11 @@ class ModelConfig:
         """Returns the configuration that the contents of a `config.json` describe, in either layout.
 
         Args:
-            config: the parsed file; fields that the network does not depend on are passed over.
-            where: what messages call it.
+            config: the parsed file; fields that do not concern the network are ignored.
+            where: the file's name in messages.
 
         Raises:
-            FileError: a value is not what its field takes, or asks for what is not supported. The message names both.
+            FileError: the value of a field is invalid or not supported. The message names both.
         """
         try:
             if not isinstance(config, dict):

@@ -1,8 +1,7 @@
 """Forms of computations that XLA's CPU compiler runs faster than the usual ones.
 
-Linear layers, attention and sampling call them and have no form for CPUs of their own. Values are those of the usual form, but
-sums of products may be rounded differently. docs/performance.md ("Forms chosen for CPUs") says what removing each one costs, and
-`bench/forms.py` measures it.
+Linear layers, attention and sampling call them. Values are those of the usual form, but sums of products may be rounded
+differently. docs/performance.md ("Forms chosen for CPUs") has the cost of removing each one, and `bench/forms.py` measures it.
 """
 
 import jax
@@ -75,6 +74,6 @@ def first_largest(x: jax.Array) -> jax.Array:
 def top_values(x: jax.Array, k: int) -> jax.Array:
     """Returns the `k` largest numbers of each row of `x` [R, N], in falling order: [R, k].
 
-    Without the barrier XLA sees where only the last of them is used, and sorts whole rows.
+    Without the barrier XLA sorts whole rows if only the last of the values is used.
     """
     return jax.lax.optimization_barrier(jax.lax.top_k(x, k)[0])

@@ -2,8 +2,8 @@
 
 Its layers are stacked and scanned over, or, onto a cache, unrolled.
 
-What the decoder reads, `x`, is [B, T, D], or, where tokens stand for visual features with parts for the first layers
-("deepstack", arXiv:2406.04334), [B, T, (1 + n) D]: the embeddings, and what is added to the output of layer 0, 1, .. n - 1.
+The input `x` of the decoder is [B, T, D], the embeddings; or, if visual features have parts for the first layers ("deepstack",
+arXiv:2406.04334), [B, T, (1 + n) D]: the embeddings, and what is added to the outputs of layers 0, 1, .. n - 1.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,10 @@ from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_rows, split_sequenc
 
 
 class KVCache(NamedTuple):
-    """What the layers keep of the tokens seen so far: those that attend their keys and values, recurrent ones a state.
+    """The cache of the tokens read so far: keys and values of layers with attention, and states of recurrent layers.
 
-    k, v: one array per layer that attends, [B, kv_heads, L, head_dim]. A tuple, not one stacked array: a stacked cache carried
-          through a loop is copied at every layer.
+    k, v: one array per layer with attention, [B, kv_heads, L, head_dim]. They are not stacked, because a stacked cache that a
+          loop carries is copied at every layer.
     length: int32 [B], tokens written in each row; further ones go to slots length, length + 1, ...
     recurrent: one state per recurrent layer, of the row's tokens and of the prefix that it continues
     """
@@ -56,7 +56,7 @@ class KVCache(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What several rows have in common: B rows in G groups of neighbours, each group with E prefixes of up to L tokens.
+    """The prefixes that rows share: B rows are G groups of neighbours, and each group has E prefixes of up to L tokens.
 
     k, v: one array per layer, [G, kv_heads, E * L, head_dim], as `KVCache` has them for E = 1
     length: int32 [G, E], tokens of each prefix
@@ -72,7 +72,7 @@ class Prefix(NamedTuple):
 
     @classmethod
     def of(cls, cache: KVCache, rows: int) -> "Prefix":
-        """Makes a prefix of each of the cache's rows, which equally many neighbours of `rows` rows continue."""
+        """Makes a prefix of each row of the cache; the same number of neighbours among `rows` rows continue each."""
         recurrent = jax.tree.map(lambda x: x[:, None], cache.recurrent)
         return cls(cache.k, cache.v, cache.length[:, None], jnp.zeros(rows, jnp.int32), recurrent)
 
@@ -103,13 +103,13 @@ class Prefix(NamedTuple):
 
 
 def norm(config: TextConfig, dim: int, axes: tuple, dtype) -> RMSNorm:
-    """Returns the norm that the family has."""
+    """Returns the family's kind of norm."""
     kind = CentredRMSNorm if config.centred_norms else RMSNorm
     return kind(dim, axes, eps=config.rms_norm_eps, dtype=dtype)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what a family declares decides on biases, norms and a gate."""
+    """Grouped-query attention with rotary positions; biases, norms of heads and a gate are as the configuration says."""
 
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key, 4)
@@ -128,9 +128,9 @@ class Attention(nnx.Module):
         self.head_dim, self.gated = head_dim, config.output_gate
 
     def __call__(self, x, cos, sin, mask: Mask, implementation: str | None, mesh: Mesh | None = None):
-        """x [B, T, D] -> what is added to it, and keys and values [B, T, kv_heads, head_dim].
+        """Computes what is added to x [B, T, D], and keys and values [B, T, kv_heads, head_dim].
 
-        On a mesh with a sequence axis the queries stay split, keys and values are gathered.
+        On a mesh with a sequence axis queries stay split, and keys and values are gathered.
         """
         q, k, v, gate = self.qkv(x, cos, sin)
         q = split_sequence(q, mesh, ROWS, SEQUENCE, "tensor")
@@ -138,7 +138,7 @@ class Attention(nnx.Module):
         return self.out(attention(q, k, v, mask, causal=True, implementation=implementation), gate), (k, v)
 
     def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
-        """Computes the same onto a cache.
+        """Computes the same with a cache, to which the tokens are appended.
 
         Args:
             x: [B, T, D].
@@ -161,7 +161,7 @@ class Attention(nnx.Module):
         cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
         own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
         if prefix is not None and prefix_mask is not None:
-            # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
+            # The rows of a group become further queries of one row, so that the keys of its prefix are not repeated.
             folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
             out, lse = cached_attention(folded, prefix[0], prefix[1], prefix_mask)
             own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
@@ -203,7 +203,7 @@ class DecoderLayer(nnx.Module):
         return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), keys_and_values
 
     def cached(self, x, cos, sin, *onto):
-        """Computes the same onto a cache: x, and this layer's keys and values; the arguments are those of `Attention.cached`."""
+        """Computes the same with a cache: x, and this layer's keys and values; the arguments are those of `Attention.cached`."""
         attended, cache_k, cache_v = self.self_attn.cached(self.input_layernorm(x), cos, sin, *onto)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache_k, cache_v
@@ -308,7 +308,7 @@ class Decoder(nnx.Module):
         order = cache.length[:, None] + jnp.arange(length)
         write = jnp.where(valid, order, capacity)  # out of range: dropped
         mask = Mask(order, jnp.broadcast_to(jnp.arange(capacity), (batch, capacity)))
-        # Only of the rows that read something, because a row that is done may be the longest.
+        # Rows that read no token do not count, because a finished row may be the longest.
         used = jnp.minimum(jnp.max(jnp.where(valid[:, 0], cache.length + length, 0)), capacity)
         prefix_mask = None if prefix is None else prefix.mask(length)
 

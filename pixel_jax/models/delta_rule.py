@@ -5,8 +5,8 @@ the value of the token's key:
 
     S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   output S^T q
 
-`delta_rule` computes it token by token for one token, and for more of them in chunks, whose tokens are multiplied as matrices.
-Both compute the same function in ordinary JAX, so it can be differentiated in any mode and any number of times.
+`delta_rule` computes a single token directly, and several tokens in chunks, by products of matrices. Both forms are ordinary JAX,
+so that they can be differentiated in any mode and any number of times.
 
 A token with g = 0 and beta = 0 leaves S as it was. Where rows hold several segments, each begins with an empty state.
 """
@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 64  # tokens whose products are matrices, as in the original
-# Otherwise accelerators round the factors of float32 products. A state is a sum over all earlier tokens, which sampling and
-# training compute in different orders, so that rounding would make them differ.
+# With the default precision accelerators round the factors of float32 products. A state is a sum over all earlier tokens, which
+# sampling and training compute in different orders, and the rounding would make them differ.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
 class RecurrentState(NamedTuple):
-    """What a recurrent layer keeps of the tokens of each row; zeros before the first.
+    """The state of a recurrent layer after the tokens of each row; zeros before the first token.
 
     tail: [B, K - 1, channels], the last inputs of a convolution over K tokens
     memory: at least float32 [B, heads, keys, values], the matrices S
@@ -40,10 +40,10 @@ def convolution(
 
     Args:
         x: [B, T, channels]; a row's tokens come first.
-        tail: [B, K - 1, channels], what comes before.
+        tail: [B, K - 1, channels], the inputs before x.
         weight: [channels, K], of the oldest token first.
-        count: int32 [B], tokens of each row; those behind them are none.
-        segments: int32 [B, T], a token reads those of its own number only; what comes before all has the number 0. None: one.
+        count: int32 [B], tokens of each row; the positions behind them are padding.
+        segments: int32 [B, T], a token reads only tokens of its own segment; `tail` is of segment 0. None: one segment.
 
     Returns:
         [B, T, channels] in at least float32, and the tail behind the row's last token.
@@ -78,11 +78,11 @@ def delta_rule(
         q: [B, T, heads, keys].
         k: [B, T, heads, keys].
         v: [B, T, heads, values].
-        g: [B, T, heads], logarithm of what is left of the state, at most 0.
-        beta: [B, T, heads], how much of the correction is written, from 0 to 1.
-        memory: [B, heads, keys, values], the state before.
-        segments: int32 [B, T], never falling: a token knows those of its own number only. The state before has the number 0, and
-            the state after that of the last token. None: one segment.
+        g: [B, T, heads], logarithm of the factor by which the state fades, at most 0.
+        beta: [B, T, heads], the share of the correction that is written, from 0 to 1.
+        memory: [B, heads, keys, values], the state before the tokens.
+        segments: int32 [B, T], not decreasing: a token reads only tokens of its own segment. The state before is of segment 0,
+            and the state after is that of the last token's segment. None: one segment.
         chunk: tokens that are multiplied as matrices.
 
     Returns:
@@ -113,14 +113,14 @@ def _unit_lower_inverse(system: jax.Array) -> jax.Array:
     """Inverts the triangular matrices that have ones on the diagonal and below it what `system` [..., N, N] has there.
 
     Two inverted blocks on the diagonal, A and B, and the block C between them give the inverse of both together, in which
-    -B C A stands in the place of C: so blocks of 1, 2, 4, ... are inverted, all at once. It is no `triangular_solve`, which on
-    CPUs waits, on a thread of XLA's, for others that the same pool of threads has to compute: with as many devices as cores each
-    thread waits, for ever. And products suit accelerators better.
+    -B C A replaces C: in this way all blocks of 1, 2, 4, ... are inverted at once. `triangular_solve` is not used, because on
+    CPUs it blocks a thread of XLA's pool until other threads of the pool have computed: with as many devices as cores all threads
+    wait forever. Products are also faster on accelerators.
     """
-    place = jnp.arange(system.shape[-1])
-    inverse = jnp.broadcast_to(jnp.eye(len(place), dtype=system.dtype), system.shape)
-    for level in range((len(place) - 1).bit_length()):
-        block = place >> level
+    index = jnp.arange(system.shape[-1])
+    inverse = jnp.broadcast_to(jnp.eye(len(index), dtype=system.dtype), system.shape)
+    for level in range((len(index) - 1).bit_length()):
+        block = index >> level
         between = (block[:, None] % 2 == 1) & (block[:, None] == block + 1)
         right = _product("...ij,...jk->...ik", jnp.where(between, system, 0), inverse)
         inverse = inverse - _product("...ij,...jk->...ik", inverse, right)

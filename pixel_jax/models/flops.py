@@ -35,10 +35,10 @@ PEAK_FLOPS = {
 class Work(NamedTuple):
     """The size of one forward pass. Fields are sums over rows; the work of two passes adds up field by field."""
 
-    tokens: float  # that enter the decoder
-    pairs: float  # queries x keys: length ** 2 of a row without a cache
+    tokens: float  # tokens that enter the decoder
+    pairs: float  # pairs of queries and keys: length ** 2 for a row without a cache
     predictions: float  # positions whose logits are computed
-    patches: float  # that enter the vision tower
+    patches: float  # patches that enter the vision tower
     full_pairs: float  # of patches: their number in a temporal slice, squared
     window_pairs: float  # of patches within a window
 
@@ -57,7 +57,7 @@ class Flops(NamedTuple):
 
 
 def window_pairs(height: np.ndarray, width: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Pairs of patches that share a window, of slices of `height` x `width` patches (int arrays of one shape)."""
+    """The number of pairs of patches in the same window, of slices of `height` x `width` patches (int arrays of one shape)."""
     if config.vision is None or config.vision.window_size is None:
         return np.zeros_like(height)
     side = config.vision.window_cells * config.vision.spatial_merge_size
@@ -70,7 +70,7 @@ def row_work(lengths: np.ndarray, grids: np.ndarray, config: ModelConfig) -> Wor
 
     Args:
         lengths: tokens of each row, int [R].
-        grids: items that they show, int [..., 3] (slices, height, width in patches; zeros: nothing).
+        grids: the items of the rows, int [..., 3] (slices, height, width in patches; zeros: absent).
         config: of the model.
     """
     lengths = np.asarray(lengths, np.float64)
@@ -86,7 +86,7 @@ def row_work(lengths: np.ndarray, grids: np.ndarray, config: ModelConfig) -> Wor
 
 
 def padded_work(rows: int, length: int, slices: int, patches: int, config: ModelConfig) -> Work:
-    """What the program computes for `rows` rows of static shape: `length` tokens, `slices` slices of `patches` patches."""
+    """Returns the work of a program on `rows` rows of static shape: `length` tokens, `slices` slices of `patches` patches."""
     blocks = Blocks(0, 0, 0)
     if patches and config.vision is not None and config.vision.window_size is not None:
         blocks = Blocks.of(patches, config.vision)
@@ -143,18 +143,18 @@ def training_flops(
     adapter_weights: int = 0,
     remat: bool = False,
 ) -> Flops:
-    """Returns the FLOPs of one forward and backward pass: that of a product is two products, one for each factor's gradient.
+    """Returns the FLOPs of one forward and backward pass. The backward pass of a product is two products, one for each gradient.
 
-    vision: the tower is trained (else there is no backward pass through it)
-    base:   the decoder's own weights are trained (else only the gradient of their inputs is computed, for adapters)
-    remat:  count also what is computed twice to save memory: the layers up to their last product, whose result nobody needs,
-            and the logits. Utilisation (MFU) leaves it out.
+    vision: whether the tower is trained (else there is no backward pass through it)
+    base:   whether the decoder's own weights are trained (else only the gradients of their inputs are computed, for adapters)
+    remat:  whether recomputation counts, too: that of the layers up to their last product, whose result is not needed, and of
+            the logits. Utilisation (MFU) leaves it out.
     """
     text, tower = config.text, config.vision
     forward = forward_flops(config, work, adapter_weights=adapter_weights)
     seen = 3 if vision else 1
     again = int(remat)
-    # The share of the layers that their last products have.
+    # The share of a layer's FLOPs that are its last product's.
     down = text.num_hidden_layers * text.hidden_size * text.intermediate_size / text.layer_weights
     vision_down = 0.0
     if tower is not None:

@@ -1,7 +1,7 @@
-"""Language models in GGUF files, as llama.cpp has them: one file with the configuration, the tokenizer and quantised weights.
+"""Language models in llama.cpp's GGUF files: one file with the configuration, the tokenizer and quantised weights.
 
-Weights are dequantised to float32 by the package `gguf`. llama.cpp keeps the rows of the queries and keys of Llama in another
-order, which is undone.
+Weights are dequantised to float32 by the package `gguf`. llama.cpp permutes the rows of Llama's query and key weights, which is
+undone here.
 """
 
 import re
@@ -52,8 +52,8 @@ MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-FREQUENCIES = "rope_freqs.weight"  # by what the rotary frequencies of Llama 3.1 and later are divided
-# How text is cut before its pieces are merged, by the name of the cut.
+FREQUENCIES = "rope_freqs.weight"  # the divisors of the rotary frequencies of Llama 3.1 and later
+# Regular expressions that split text before merges, by the name that files give them.
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {"llama-bpe": rf"{LETTERS}\p{{N}}{{1,3}}{REST}", "qwen2": rf"{LETTERS}\p{{N}}{REST}"}
@@ -91,7 +91,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Processor | N
     try:
         reader = GGUFReader(path)
         fields = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # the package has no errors of its own for a damaged file
+    except Exception as error:  # of any type: the package has no special error for a damaged file
         raise FileError(f"{path}: truncated or damaged: {type(error).__name__}: {str(error)[:200]}") from None
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -208,7 +208,7 @@ def _byte_level(tokens: list[str], merges: list[str], types: list[int], cut: str
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     if len(numbers) < len(tokens):
         raise ValueError("a token is there twice")
-    # A word that is a token is that token in Llama 3, even where no merges make it.
+    # In Llama 3 a word that is a token is not split, even if no merges produce it.
     tokenizer = Tokenizer(models.BPE(numbers, pairs, ignore_merges=cut == "llama-bpe"))
     if cut in CUTS:
         first, regex = pre_tokenizers.Split(Regex(CUTS[cut]), behavior="isolated"), False
@@ -223,7 +223,7 @@ def _byte_level(tokens: list[str], merges: list[str], types: list[int], cut: str
 
 
 def _begin_with(token: str, number: int | None) -> Any:
-    """What puts a token in front of every text."""
+    """Makes a post-processor that puts a token in front of every text."""
     from tokenizers.processors import TemplateProcessing
 
     return TemplateProcessing(single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)])

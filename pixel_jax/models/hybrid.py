@@ -1,11 +1,11 @@
-"""A decoder of two kinds of layers: some attend, the others are recurrent, with the gated delta rule in the place of attention.
+"""A decoder of two kinds of layers: some have attention, the others the gated delta rule instead, which is recurrent.
 
-The weights of all attention are one stack, those of all recurrent parts another, and what both kinds have is a third, so every
-weight keeps the name that it has in files. Over what repeats in `layer_types` (mostly three recurrent layers and one that
-attends) a scan goes; within it the layers are unrolled.
+The weights of all attention layers are one stack, those of all recurrent parts another, and the weights that both kinds have are
+a third, so that every weight keeps its name in files. A scan goes over the repetitions of the pattern of `layer_types` (usually
+three recurrent layers and one with attention); the layers of the pattern are unrolled.
 
-The recurrence reads tokens one after the other, so those of a row are brought to its beginning before the first layer, and back
-behind the last one: then what is no token, wherever it lies, comes after all that is, and changes no state.
+The recurrence reads tokens one after the other. The tokens of a row are therefore moved to its beginning before the first layer,
+and back after the last one: padding then comes after all tokens, wherever it was, and does not change a state.
 """
 
 import functools
@@ -48,15 +48,15 @@ def check_kinds(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class HybridText(TextConfig):
-    """A decoder of which some layers attend and the others are recurrent, with a state of `linear_*` sizes."""
+    """A decoder of layers with attention and recurrent layers, whose states have the sizes `linear_*`."""
 
-    layer_types: tuple[str, ...] = field((), check_kinds)  # none: every `full_attention_interval`-th layer attends
+    layer_types: tuple[str, ...] = field((), check_kinds)  # (): every `full_attention_interval`-th layer has attention
     full_attention_interval: int = whole(4, MAX_LAYERS)
     linear_conv_kernel_dim: int = whole(4, 64, 2)
     linear_key_head_dim: int = whole(128)
     linear_value_head_dim: int = whole(128)
     linear_num_key_heads: int = whole(16)
-    linear_num_value_heads: int = whole(32)  # as many follow each other that share a head of keys
+    linear_num_value_heads: int = whole(32)  # consecutive heads of values share a head of keys
 
     layer_kinds: ClassVar[tuple[str, ...]] = (RECURRENT, ATTENDS)
 
@@ -120,7 +120,7 @@ class HybridText(TextConfig):
 
     @functools.cached_property
     def period(self) -> tuple[str, ...]:
-        """The shortest stretch of `layer_types` that makes up all of them when it is repeated."""
+        """The shortest pattern whose repetition is `layer_types`."""
         count = self.num_hidden_layers
         lengths = (n for n in range(1, count + 1) if count % n == 0)
         return next(self.layer_types[:n] for n in lengths if self.layer_types[:n] * (count // n) == self.layer_types)
@@ -143,7 +143,7 @@ class HybridText(TextConfig):
 
 
 class GatedDeltaNet(nnx.Module):
-    """A short convolution, the gated delta rule, and a gated norm of what it gives."""
+    """A short convolution, the gated delta rule, and a gated norm of its output."""
 
     def __init__(self, key: jax.Array, config: HybridText, dtype):
         keys = jax.random.split(key, 7)
@@ -164,9 +164,9 @@ class GatedDeltaNet(nnx.Module):
     def __call__(
         self, x: jax.Array, state: RecurrentState, count: jax.Array, segments: jax.Array | None = None
     ) -> tuple[jax.Array, RecurrentState]:
-        """x [B, T, D], of which each row's first `count` int32 [B] are tokens -> what is added to it, and the state after these.
+        """Computes what is added to x [B, T, D], whose rows begin with `count` int32 [B] tokens, and the state after these.
 
-        segments: int32 [B, T], never falling, from 0 on: a token knows those of its own number only; None: one segment.
+        segments: int32 [B, T], not decreasing, from 0 on: a token reads only tokens of its own segment; None: one segment.
         """
         config, wide = self.config, state.memory.dtype
         valid = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
@@ -206,13 +206,13 @@ class HybridLayer(nnx.Module):
         self.mixer, self.mlp, self.input_layernorm, self.post_attention_layernorm = mixer, mlp, before, between
 
     def add(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        """x [B, T, D] and what the mixer makes of it behind its norm -> what the next layer reads."""
+        """Computes the layer's output from its input x [B, T, D] and the output of the mixer."""
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class HybridLayers(nnx.Module):
-    """The layers as stacks of what they are made of."""
+    """The layers, as stacks of their parts."""
 
     def __init__(self, key: jax.Array, config: HybridText, dtype):
         keys = jax.random.split(key, 5)
@@ -225,7 +225,7 @@ class HybridLayers(nnx.Module):
         self.post_attention_layernorm = stack(lambda k: norm(config, dim, ("embed",), dtype), keys[4], count)
 
     def one_by_one(self, kinds: tuple[str, ...]) -> tuple[HybridLayer, ...]:
-        """The layers, which are of these kinds."""
+        """Makes the layers, whose kinds are given, from the stacks."""
         mixers = {
             kind: iter(unstack(module, kinds.count(kind)))
             for kind, module in ((ATTENDS, self.self_attn), (RECURRENT, self.linear_attn))
@@ -260,7 +260,7 @@ class HybridDecoder(Decoder):
         """See `Decoder.__call__`.
 
         Raises:
-            ValueError: the mesh splits the positions of a row, over which a state goes from token to token.
+            ValueError: the mesh splits the positions of a row, which a recurrence has to read in order.
         """
         if (shards := sequence_shards(mesh)) > 1:
             raise ValueError(
@@ -282,7 +282,7 @@ class HybridDecoder(Decoder):
     def _read(
         self, x, positions, valid, *, keep: bool, segments=None, remat: Remat = False, implementation: str | None = None
     ):
-        """Hidden states after the last norm, and for each layer of `config.period` what is kept of it, of all blocks."""
+        """Computes hidden states after the last norm, and the caches of the layers of `config.period`, stacked over blocks."""
         config = self.config
         order = jnp.argsort(~valid, axis=1, stable=True)  # tokens first
         x = keep_rows(jnp.take_along_axis(x, order[..., None], axis=1))

@@ -1,4 +1,4 @@
-"""The images and videos of a batch as the model reads them, and which visual token belongs to which of them."""
+"""The images and videos of a batch as a model reads them, and the items to which visual tokens belong."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Visual(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Where the j-th visual token of a row lies. All int32 [B, T].
+    """The location of each visual token among its row's items. Arrays [B, T], int32 except `known`.
 
     item:   index among the row's items
     within: index within the item (raster order, slice by slice)
@@ -46,12 +46,12 @@ class Located(NamedTuple):
 
 
 def merged_grids(grids: AnyArray, merge: int) -> jax.Array:
-    """Grids [..., 3] in patches -> in visual tokens."""
+    """Converts grids [..., 3] in patches to visual tokens."""
     return jnp.asarray(grids) // jnp.array([1, merge, merge], jnp.int32)
 
 
 def locate(rank: jax.Array, grids: AnyArray, merge: int) -> Located:
-    """Rank [B, T] of visual tokens among their row's -> the item, slice and offset they stand for (`grids` [B, K, 3])."""
+    """Finds the item, slice and offset of visual tokens, from their `rank` [B, T] in the row and its `grids` [B, K, 3]."""
     t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
     count = t * h * w
     ends = jnp.cumsum(count, axis=1)
@@ -65,7 +65,7 @@ def locate(rank: jax.Array, grids: AnyArray, merge: int) -> Located:
 
 
 def slice_grids(grids: AnyArray, num_slices: int) -> jax.Array:
-    """Items [B, K, 3] -> (height, width) in patches of each temporal slice, int32 [B, num_slices, 2]; 0 where absent."""
+    """Computes (height, width) in patches of each temporal slice of items [B, K, 3], int32 [B, num_slices, 2]; 0: absent."""
     ends = jnp.cumsum(grids[..., 0], axis=1)
     item = jnp.sum(jnp.arange(num_slices)[None, :, None] >= ends[:, None, :], axis=-1)
     # One item more, of size zero, stands for "absent".
@@ -74,7 +74,7 @@ def slice_grids(grids: AnyArray, num_slices: int) -> jax.Array:
 
 
 def slice_pixels(first: jax.Array, second: jax.Array, vision: TowerConfig) -> jax.Array:
-    """What the vision tower reads of temporal slices.
+    """Computes the vision tower's input for temporal slices.
 
     Args:
         first: uint8 [..., P, 3 p p], the patches of each slice's first frame.

@@ -1,4 +1,4 @@
-"""A model as users meet it: a Hugging Face directory in, logits for Hugging Face arrays, a Hugging Face directory out."""
+"""Reads and writes models as Hugging Face directories, and computes logits for arrays in the Hugging Face layout."""
 
 import functools
 import json
@@ -26,8 +26,8 @@ from pixel_jax.models.side_files import is_side_file
 from pixel_jax.models.tensors import Tensor
 from pixel_jax.terminal import warn
 
-ADAPTER_FILES = (f"{FOLDER}/{ADAPTER}", f"{FOLDER}/{WEIGHTS}")  # of a model that it was merged into
-UNFINISHED = ".saving"  # folder in a model directory, in which what is saved lies until all of it is there
+ADAPTER_FILES = (f"{FOLDER}/{ADAPTER}", f"{FOLDER}/{WEIGHTS}")  # of an adapter that was merged into the model beside it
+UNFINISHED = ".saving"  # folder in a model directory, in which a model is written until it is complete
 
 
 def from_pretrained(
@@ -40,8 +40,8 @@ def from_pretrained(
 
     Args:
         path: the directory, or the file.
-        mesh: where to put the weights, by their logical axes; None: one device.
-        dtype: of the weights. None keeps the files'; where they mix several, all get the one that `config.json` names.
+        mesh: shards the weights by their logical axes; None: one device.
+        dtype: of the weights. None keeps the files'; if they mix several, all get the one that `config.json` names.
         adapter: directory of an adapter (`load_adapter`) to put on the model.
 
     Returns:
@@ -69,7 +69,7 @@ def from_pretrained(
 
 
 class ModelFiles(NamedTuple):
-    """What `from_pretrained` reads, with no weight read yet."""
+    """An opened model, whose weights have not been read."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]  # by our names of them
@@ -95,7 +95,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFiles:
 
 
 def read_network(path: str | os.PathLike[str]) -> ModelConfig:
-    """Reads the configuration of what `from_pretrained` reads, and no weights.
+    """Reads the configuration of a model directory or GGUF file.
 
     Raises:
         FileNotFoundError: it is no model directory.
@@ -110,7 +110,7 @@ def read_network(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def _what_it_is(directory: Path) -> str:
-    """What is there instead of a model."""
+    """Says what a path holds instead of a model, as the end of a message."""
     if (directory / ADAPTER).is_file():
         try:
             base = read_json(directory / ADAPTER, limit=2**24)["base_model_name_or_path"]
@@ -125,7 +125,7 @@ def _what_it_is(directory: Path) -> str:
 
 
 def _warn_of_another(directory: Path, adapter: Path) -> None:
-    """Says so if an adapter names another directory as its base: on the merged model its product would count twice."""
+    """Warns if an adapter names another directory as its base: on its merged model it would count twice."""
     if not (adapter / ADAPTER).is_file():
         return
     base = PEFTConfig.read(adapter / ADAPTER).base
@@ -134,17 +134,17 @@ def _warn_of_another(directory: Path, adapter: Path) -> None:
 
 
 def save_pretrained(model: Model, processor: Processor | None, path: str | os.PathLike[str], dtype=None) -> None:
-    """Writes the same format back (adapters merged beforehand).
+    """Writes a model, whose adapters have been merged, as a directory that `from_pretrained` reads.
 
-    The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
-    old one is whole; from then until the new one is in place there is no `config.json`, and nobody reads either. If the
-    weights are spread over several processes, all call it, the first writes, and none returns before the model is there.
+    Afterwards the directory holds this model and no part of an earlier one. The earlier model is whole until the new one is on
+    the disk; while it is replaced there is no `config.json`, so that neither can be read. If the weights are spread over several
+    processes, all must call it; the first writes, and none returns before the model is complete.
 
     Args:
         model: without adapters.
         processor: its tokenizer's and preprocessor's files, and `generation_config.json`, are written as they were read.
-            None leaves those that lie in the directory.
-        path: the directory, which is made if it is not there.
+            None leaves those in the directory as they are.
+        path: the directory, which is created if it does not exist.
         dtype: of the weights in the files; None: each has its own.
     """
     directory = Path(path)
@@ -164,7 +164,7 @@ def save_pretrained(model: Model, processor: Processor | None, path: str | os.Pa
 
 
 def dtype_of(model: Model) -> str:
-    """What `config.json` says of a model's weights: the type of its embedding."""
+    """The dtype of a model's weights for `config.json`: that of its embedding."""
     return jnp.dtype(model.dtype).name
 
 
@@ -201,9 +201,9 @@ def forward(
     second_per_grid_ts: np.ndarray | None = None,
     position_ids: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logits float32 [batch, length, vocab] for arrays in the Hugging Face layout, of any size.
+    """Computes logits float32 [batch, length, vocab] for arrays in the Hugging Face layout, of any size.
 
-    input_ids, attention_mask: [batch, length], padding on either side; rows of the logits at padding mean nothing
+    input_ids, attention_mask: [batch, length], padding on either side; logits at padding are meaningless
     pixel_values(_videos):     [patches of all images (videos) of the batch, 1176], in the order in which their placeholder
                                tokens appear, row by row
     image/video_grid_thw:      [items, 3]
@@ -307,7 +307,7 @@ class _Items:
             self.seconds = np.asarray(seconds, np.float32)
 
     def next(self):
-        """(grid, patches [t, h * w, 1176], seconds) of the next one."""
+        """Takes the next item: (grid, patches [t, h * w, 1176], seconds)."""
         grid, seconds = self.grids[self.used], self.seconds[self.used]
         count = int(grid.prod())
         patches = self.pixels[self.offset : self.offset + count].reshape(grid[0], -1, self.pixels.shape[1])

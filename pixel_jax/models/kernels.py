@@ -1,8 +1,8 @@
 """Attention kernels that come with JAX: Pallas' splash attention on TPUs, its Triton kernel on GPUs.
 
-Scores stay in on-chip memory. The kernels have no forward-mode derivative: curvature products need 'chunked' or 'dense'. Two
-things say which keys a query sees: whether the order is causal, which is static, and segments. Keys that no query may see have
-the segment `INVISIBLE`.
+Scores stay in on-chip memory. The kernels have no forward-mode derivative: curvature products need 'chunked' or 'dense'. The keys
+that a query sees are given by whether the order is causal, which is static, and by segments. Keys that no query may see have the
+segment `INVISIBLE`.
 """
 
 from typing import cast
@@ -18,15 +18,15 @@ LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
 TPU_BLOCKS = (1024, 512)  # queries and keys of a tile
 GPU_BLOCK = 128
 INVISIBLE = -1  # the segment of keys that no query sees
-# One more score in every softmax, whose value is zero. It is so small that it only counts where a query sees no key: the output
-# is then zero, and not the mean of invisible values, because the kernel's own score of an invisible key is smaller still.
+# One more score in every softmax, whose value vector is zero. It only counts for a query that sees no key, whose output is then
+# zero and not the mean of invisible values, because the kernel's score of an invisible key is even smaller.
 SINK = -1e30
 
 
 def splash(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
-    """q [B, T, heads, D]; k, v [B, S, kv_heads, D]; segments int32 [B, T] and [B, S] -> [B, T, heads, D].
+    """Computes attention on TPUs: q [B, T, heads, D]; k, v [B, S, kv_heads, D]; segments int32 [B, T], [B, S] -> like q.
 
-    Any lengths and head sizes, by padding. Queries that see no key give zeros.
+    Lengths and head sizes are padded, so that any are possible. Queries that see no key give zeros.
     """
     length, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     block_q, block_kv = _block(length), _block(keys)
@@ -69,7 +69,7 @@ def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):
 
 
 def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
-    """As `splash`, for as many keys as queries, each key of the segment of its query or invisible: then its query gives zeros."""
+    """Computes attention on GPUs, with T = S. Each key has the segment of its query, or is invisible: its query then gives 0."""
     # Imported here, because jax 0.12 warns that it will move to another package.
     from jax.experimental.pallas.ops.gpu import attention as triton_attention
 

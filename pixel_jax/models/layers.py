@@ -1,4 +1,4 @@
-"""The small parts every network here is made of, and the one place where a weight is declared.
+"""The building blocks of all networks, and the declaration of weights.
 
 A weight is declared once, by `Weight(value, axes=...)` inside the module that owns it: its value carries shape and dtype, its
 place in the module tree is its Hugging Face key, and `axes` names each dimension for sharding. Linear weights keep the Hugging
@@ -39,8 +39,8 @@ Remat = bool | Literal["dots"]
 def rematerialised(block: Callable, remat: Remat) -> Callable:
     """Returns `block`, rematerialised in the backward pass.
 
-    Kept for it is everything (False), nothing but the arguments (True), or the results of products with weights ("dots"), so
-    that what is computed again is cheap.
+    The forward pass keeps all intermediate values (False), only the arguments (True), or the results of products with weights
+    ("dots"), so that recomputation is cheap.
     """
     if not remat:
         return block
@@ -159,7 +159,7 @@ class GatedMLP(nnx.Module):
 
 
 def stack(make: Callable[[jax.Array], M], key: jax.Array, num_layers: int) -> M:
-    """`num_layers` modules as one whose weights have a leading axis `layers`. make: key -> module."""
+    """Makes `num_layers` modules as one module whose weights have a leading axis `layers`. make: key -> module."""
     module = jax.vmap(make)(jax.random.split(key, num_layers))
     for weight in jax.tree.leaves(module, is_leaf=is_variable):
         weight.set_metadata(axes=("layers", *weight.axes))
@@ -167,7 +167,7 @@ def stack(make: Callable[[jax.Array], M], key: jax.Array, num_layers: int) -> M:
 
 
 def unstack(module: M, num_layers: int) -> tuple[M, ...]:
-    """The layers of a stacked module one by one, for an unrolled loop."""
+    """Returns the layers of a stacked module one by one, for an unrolled loop."""
 
     def take(i):
         layer = jax.tree.map(lambda w: w[i], module)

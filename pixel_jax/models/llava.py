@@ -47,7 +47,7 @@ def _layers(value: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class CLIPConfig(TowerConfig):
-    """CLIP's vision tower, and what LLaVA reads of it."""
+    """CLIP's vision tower, and the features of it that LLaVA uses."""
 
     depth: int = whole(24, MAX_LAYERS, key="num_hidden_layers")
     hidden_size: int = whole(1024)
@@ -60,8 +60,10 @@ class CLIPConfig(TowerConfig):
     hidden_act: str = field("quick_gelu", one_of("quick_gelu", "gelu"))
     image_size: int = whole(336)
     layer_norm_eps: float = field(1e-5, check_positive)
-    # Of the whole model's file.
-    feature_layers: tuple[int, ...] = (-2,)  # whose outputs are projected; layer 0 is the input of the first block
+    # From the fields of the whole model.
+    feature_layers: tuple[int, ...] = (
+        -2,
+    )  # layers whose outputs are projected; layer 0 is the input of the first block
     with_class_token: bool = False
     projector_bias: bool = True
 
@@ -236,9 +238,9 @@ class CLIPTower(nnx.Module):
             patch_embedding=nnx.Dict(weight=normal(keys[1], shape, axes, dtype)),
             position_embedding=nnx.Dict(weight=normal(keys[2], (count + 1, dim), (None, "vision_embed"), dtype)),
         )
-        self.pre_layrnorm = clip_norm(config, dtype)  # so the files spell it
+        self.pre_layrnorm = clip_norm(config, dtype)  # spelled as in files
         self.encoder = nnx.Dict(layers=stack(lambda k: CLIPLayer(k, config, dtype), keys[3], config.depth))
-        self.post_layernorm = clip_norm(config, dtype)  # of what LLaVA does not read; its files have it
+        self.post_layernorm = clip_norm(config, dtype)  # in the files, but not used by LLaVA
         wide, out, bias = dim * len(config.feature_layers), config.out_hidden_size, config.projector_bias
         self.multi_modal_projector = nnx.Dict(
             linear_1=Linear(keys[4], wide, out, ("vision_mlp", "vision_embed"), bias=bias, dtype=dtype),
@@ -248,10 +250,10 @@ class CLIPTower(nnx.Module):
     def __call__(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
-        """Images float [N, P, patch_dim], patches in raster order -> features [N, T, out].
+        """Computes features [N, T, out] of images float [N, P, patch_dim], with patches in raster order.
 
-        All images have one size, so `hw` says nothing new. P may be larger than their number of patches; T is that number,
-        and one more where the class token is projected, too.
+        All images have the same size, so that `hw` is ignored. P may be larger than the number of patches of an image; T is that
+        number, and one more if the class token is projected, too.
         """
         config, count = self.config, math.prod(self.config.fixed_grid)
         if pixels.shape[1] < count:

@@ -19,16 +19,16 @@ from pixel_jax.terminal import printable
 
 READERS = min(8, os.cpu_count() or 1)  # threads that read one shard
 BLOCK = 2**20  # elements that are read, checked and converted together
-SHOWN = 2**28  # bytes from which on a progress bar is drawn
+SHOWN = 2**28  # bytes above which a progress bar is drawn
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A weight to load: the tensors it is read from, and its sharding."""
+    """A weight to load: its tensors in files, and its sharding."""
 
     shape: tuple[int, ...]
     sharding: Sharding
-    tensors: Sequence[Tensor]  # of a stacked weight, one for each layer; of another, one
+    tensors: Sequence[Tensor]  # one for each layer of a stacked weight; otherwise one
 
     @property
     def stacked(self) -> bool:
@@ -47,12 +47,12 @@ class Shard:
 
 
 def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[jax.Array]:
-    """The weights on their devices. A process reads what its own devices hold, each part once.
+    """Loads weights onto their devices. A process reads the shards of its own devices, each once.
 
     Args:
-        weights: what to load. Shapes and types of the tensors have been checked.
+        weights: the weights, whose tensors have been checked for shape and type.
         dtype: of the arrays.
-        label: of the progress bar, which a terminal shows while much is read.
+        label: of the progress bar, which a terminal shows for large files.
 
     Raises:
         FileError: a tensor holds NaN or infinity. The message names it.
@@ -73,7 +73,7 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
                 coming = ahead.submit(read, following)
             pieces[shard.weight] += [jax.device_put(values, device) for device in shard.devices]
             jax.block_until_ready(pieces[shard.weight][-len(shard.devices) :])
-            del values  # before the one after the next is read
+            del values  # before the shard after the next is read
             progress(size)
     return [
         jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, arrays)
@@ -82,7 +82,7 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
 
 
 def _local_shards(number: int, weight: Wanted) -> list[Shard]:
-    """The parts of weight `number` that this process's devices have, each once."""
+    """The shards of weight `number` that this process's devices have, each once."""
     devices: dict[tuple[tuple[int, int], ...], list[SingleDeviceSharding]] = {}
     for device, index in weight.sharding.addressable_devices_indices_map(weight.shape).items():
         ranges = [x.indices(size)[:2] for x, size in zip(index or (), weight.shape, strict=True)]
@@ -94,7 +94,7 @@ def _local_shards(number: int, weight: Wanted) -> list[Shard]:
 
 
 def _read(weight: Wanted, shard: Shard, dtype: np.dtype, readers: ThreadPoolExecutor) -> np.ndarray:
-    """A shard in the host's memory."""
+    """Reads a shard into the host's memory."""
     out = np.empty(shard.shape, dtype)
     if weight.stacked:
         layers = weight.tensors[shard.index[0]]
@@ -120,7 +120,7 @@ def _copy(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _progress(label: str, total: int) -> Iterator:
-    """A progress bar on standard error, if that is a terminal and there is much to wait for; a function that moves it on."""
+    """Shows a progress bar on standard error, if that is a terminal and `total` is large; yields a function that advances it."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

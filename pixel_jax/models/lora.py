@@ -1,6 +1,6 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on any linear layer, stacked or not, of decoder or vision tower.
 
-An adapter is part of the model's tree: `lora_a` and `lora_b` beside the `weight` they add to, float32 whatever the weight is.
+An adapter is part of the model's tree: `lora_a` and `lora_b` beside their `weight`, in float32 whatever the weight's type is.
 Training, sharding and curvature take it as a dictionary of arrays with `split`, and put it back with `combine`:
 
     adapter, rest = split(model, LoRAWeight)
@@ -26,7 +26,7 @@ Filter = type | Callable[[str, nnx.Variable], bool]
 
 
 def add_lora(model: M, key: jax.Array, *, rank: int, alpha: float, targets: str) -> M:
-    r"""The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
+    r"""Returns the model with fresh adapters: A uniform as in PEFT, B zero, so that its outputs do not change.
 
     targets: regular expression that must match the whole Hugging Face path of a linear layer, in which `{}` stands for the
              number of a stacked layer: model.layers.{}.self_attn.q_proj, visual.blocks.{}.attn.qkv, lm_head. For example
@@ -54,9 +54,9 @@ def add_lora(model: M, key: jax.Array, *, rank: int, alpha: float, targets: str)
 
 
 def merge_lora(model: M, dtype=None) -> M:
-    """The model without adapters: each weight W becomes W + scale * B A, added in float32.
+    """Returns the model without adapters: each weight W becomes W + scale * B A, added in float32.
 
-    dtype: of the weights that had one. None: what it was, in which a small change may be lost.
+    dtype: of the weights that had an adapter. None: it is kept, and a small change may be lost in rounding.
     """
     model = copied(model)
     for _, linear in linears(model):
@@ -68,7 +68,7 @@ def merge_lora(model: M, dtype=None) -> M:
 
 
 def _changed(linear: Linear, sign: int, dtype) -> Weight:
-    """W + sign * scale * B A, added in float32."""
+    """Computes W + sign * scale * B A, added in float32."""
     assert linear.lora_a is not None and linear.lora_b is not None
     weight = linear.weight[...]
     change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
@@ -77,9 +77,9 @@ def _changed(linear: Linear, sign: int, dtype) -> Weight:
 
 
 def unmerge_lora(model: M) -> M:
-    """The model with its adapters taken out of the weights, where `merge_lora` has added them: W - scale * B A, in float32.
+    """Returns the model with W - scale * B A for each weight, in float32, which undoes `merge_lora`; the adapters are kept.
 
-    The adapters stay. With those of a run on the merged model that it left this is the model of the run, up to rounding.
+    From a run's merged model with the run's adapters it makes the run's unmerged model, up to rounding.
     """
     model = copied(model)
     for _, linear in linears(model):
@@ -89,7 +89,7 @@ def unmerge_lora(model: M) -> M:
 
 
 def without_lora(model: M) -> M:
-    """The model with its adapters switched off: the same base weights, not a copy. Raises if it has no adapters."""
+    """Returns the model without its adapters, with the same base weights (not a copy). Raises if it has no adapters."""
     model, had_adapters = copied(model), False
     for _, linear in linears(model):
         had_adapters |= linear.lora_a is not None
@@ -100,7 +100,7 @@ def without_lora(model: M) -> M:
 
 
 def linears(model: Model | nnx.Module) -> Iterator[tuple[str, Linear]]:
-    """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
+    """Yields (Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
     for path, key, weight in named_weights(model):
         owner: Any = model
         for entry in path[:-1]:
@@ -110,7 +110,7 @@ def linears(model: Model | nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def split(model: M, wanted: Filter) -> tuple[dict[str, jax.Array], M]:
-    """(the selected weights by Hugging Face path, the model without them), both pytrees.
+    """Returns (the selected weights by Hugging Face path, the model without them), both pytrees.
 
     wanted: a class of weights, or a function of (path, weight)
     """
@@ -127,7 +127,7 @@ def split(model: M, wanted: Filter) -> tuple[dict[str, jax.Array], M]:
 
 
 def combine(selected: dict[str, jax.Array], rest: M) -> M:
-    """The model that `split` took apart."""
+    """Puts together the model that `split` has divided."""
     selected, whole = dict(selected), []
     for _, key, weight in named_weights(rest):
         empty = not jax.tree.leaves(weight)
@@ -140,5 +140,5 @@ def combine(selected: dict[str, jax.Array], rest: M) -> M:
 
 
 def copied(model: M) -> M:
-    """New modules and variables around the same arrays, free to be changed."""
+    """Copies modules and variables, so that they can be changed, but not their arrays."""
     return jax.tree.map(lambda x: x, model)

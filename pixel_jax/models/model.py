@@ -25,8 +25,8 @@ class Model(Protocol):
     """A model of any family: a pytree of weights, whose methods are pure functions.
 
     Rollouts, training, evaluation, planning and curvature use these members and no others. A layer of the decoder keeps keys and
-    values of its tokens, or a recurrent state of one size (`KVCache` holds both). Rows that continue a `Prefix` read its keys
-    and values; of its recurrent states they begin with a copy (`Prefix.continued`).
+    values of its tokens, or a recurrent state of fixed size (`KVCache` holds both). Rows that continue a `Prefix` read its keys
+    and values, and begin with copies of its recurrent states (`Prefix.continued`).
     """
 
     @property
@@ -42,7 +42,7 @@ class Model(Protocol):
     def encode(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
-        """Temporal slices float32 [N, P, patch_dim], grids int32 [N, 2] in patches -> visual features [N, P / m, F].
+        """Computes visual features [N, P / m, F] of temporal slices float32 [N, P, patch_dim]; hw: int32 [N, 2] in patches.
 
         m patches are one visual token. F = `config.vision.feature_size`.
         """
@@ -55,7 +55,7 @@ class Model(Protocol):
     def positions(
         self, tokens: AnyArray, valid: AnyArray, grids: AnyArray, seconds: AnyArray, start: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Rotary positions int32 [3, B, T] of a stretch of tokens, and those after the last ones, int32 [B].
+        """Computes rotary positions int32 [3, B, T] of tokens, and the positions after the last ones, int32 [B].
 
         Args:
             tokens: int32 [B, T].
@@ -73,7 +73,7 @@ class Model(Protocol):
         grids: AnyArray | None = None,
         seen: jax.Array | int = 0,
     ) -> jax.Array:
-        """Tokens int32 [B, T], visual ones replaced by features -> what the decoder reads, [B, T, D or F]."""
+        """Embeds tokens int32 [B, T], with visual ones replaced by features: the decoder's input, [B, T, D or F]."""
         ...
 
     def backbone(
@@ -87,7 +87,7 @@ class Model(Protocol):
         implementation: str | None = None,
         mesh: Mesh | None = None,
     ) -> jax.Array:
-        """What `embed` returns -> hidden states [B, T, D] after the last norm, without a cache."""
+        """Computes hidden states [B, T, D] after the last norm from the result of `embed`, without a cache."""
         ...
 
     def prefill(
@@ -142,7 +142,7 @@ class LanguageModel(nnx.Module):
         if config.vision is not None:
             self.visual = tower_of(config)(config.vision, keys[0], dtype)
         self.language_model = decoder_of(config.text)(config.text, keys[1], dtype)
-        # Tied: the head reads embed_tokens. A second attribute holding it would be a second leaf with a gradient of its own.
+        # A tied head reads embed_tokens. A second attribute with it would be a second leaf, with a separate gradient.
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
             dim, vocab = config.text.hidden_size, config.text.vocab_size
@@ -201,7 +201,7 @@ class LanguageModel(nnx.Module):
         index = located.slice * tokens_per_slice + located.offset
         flat = features.reshape(batch, -1, dim)
         chosen = jnp.take_along_axis(flat, index[..., None], axis=1, mode="fill", fill_value=0)
-        if dim > x.shape[-1]:  # for text, nothing is added in the first layers
+        if dim > x.shape[-1]:  # text tokens add zeros in the first layers
             x = jnp.pad(x, ((0, 0), (0, 0), (0, dim - x.shape[-1])))
         return jnp.where((is_visual & located.known)[..., None], chosen.astype(x.dtype), x)
 
@@ -257,8 +257,8 @@ class LanguageModel(nnx.Module):
         layers: from `unstack`
         x:      [B, T, D], positions int32 [3, B, T]
         valid:  bool [B, T], left-aligned: a row's new tokens come first. Tokens that are not valid are not written.
-        cache:  the row's own tokens; the caller sees to it that length + T fits, what does not fit is dropped
-        prefix: what rows continue. It is read, not copied.
+        cache:  the row's own tokens; the caller ensures that length + T fits, tokens that do not fit are dropped
+        prefix: the prefixes that rows continue; they are read, not copied
         """
         return self.language_model.step(layers, x, positions, valid, cache, prefix)
 
@@ -285,10 +285,10 @@ def encode_visual(
     implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """All temporal slices of a batch of rows -> [B, S, P / m, F]; absent slices give meaningless finite numbers.
+    """Encodes all temporal slices of a batch of rows: [B, S, P / m, F]; absent slices give meaningless finite numbers.
 
-    Where attention is linear in memory it takes a row's slices one after the other; on a mesh with a sequence axis they
-    are split over it instead, if they divide evenly.
+    If attention is linear in memory, a row's slices are encoded one after the other; on a mesh with a sequence axis they are
+    split over it instead, if they divide evenly.
     """
     batch, num_slices, _ = visual.slices.shape
     frames = jnp.maximum(visual.slices, 0)
@@ -321,11 +321,11 @@ def forward_hidden(
     segments: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """Tokens int32 [B, T], valid bool [B, T] and what the rows show -> hidden states [B, T, D].
+    """Computes hidden states [B, T, D] of tokens int32 [B, T], valid bool [B, T] and the images of the rows.
 
-    The one forward of tuning, reinforcement learning, scoring and curvature; `model.logits` turns its result into logits.
-    Packed segments share one run of positions: rotary attention only depends on differences. On a `mesh` with a sequence
-    axis the positions of each row are split over it, and hidden states with them.
+    It is the forward function of SFT, RL, scoring and curvature; `model.logits` turns its result into logits. Positions run on
+    over packed segments, because rotary attention depends only on differences. On a `mesh` with a sequence axis the positions of
+    each row are split over it, and so are hidden states.
     """
     if tokens.shape[1] % sequence_shards(mesh):
         raise ValueError(f"rows of {tokens.shape[1]} tokens cannot be split over sequence = {sequence_shards(mesh)}")

@@ -1,8 +1,7 @@
-"""Adapters as directories of PEFT: `adapter_config.json` and `adapter_model.safetensors`, read and written.
+"""Reads and writes adapters in PEFT's format: directories with `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT has an adapter for each linear layer, of a rank and a scale of its own; here the layers of a stack share both. A layer of
-smaller rank is filled up with zeros, which stay zero in training; one whose scale differs from that of its stack has the
-ratio in its second factor B.
+In PEFT every linear layer has its own rank and scale; here the layers of a stack share both. A layer of smaller rank is padded
+with zeros, which stay zero in training; if a layer's scale differs from its stack's, factor B is multiplied by the ratio.
 """
 
 import dataclasses
@@ -31,13 +30,13 @@ from pixel_jax.terminal import warn
 
 M = TypeVar("M", bound=Model)
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-FOLDER = "adapter"  # in the directory of a merged model, where its adapter lies
+FOLDER = "adapter"  # the directory of the adapter, in the directory of a merged model
 PREFIX = "base_model.model."  # of every tensor's name
 MAX_RANK = 2**16
 MAX_PATTERN = 2**16  # characters
-SECONDS = 1.0  # that a regular expression of a file may take for one name
+SECONDS = 1.0  # time limit of matching a regular expression of a file with one name
 
-# Fields that say nothing about what the adapter computes.
+# Fields that do not concern the adapter's computation.
 PASSED_OVER = frozenset(
     "auto_mapping base_model_name_or_path revision task_type inference_mode peft_version runtime_config megatron_core "
     "loftq_config eva_config corda_config lora_ga_config qalora_group_size lora_dropout init_lora_weights".split()
@@ -67,14 +66,14 @@ class LayerName(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PEFTConfig:
-    """What an `adapter_config.json` says about the computation."""
+    """The fields of an `adapter_config.json` that concern the computation."""
 
     rank: int
     alpha: float
     targets: str | tuple[str, ...]  # regular expression, or ends of names
     exclude: str | tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None  # numbers of the layers that have adapters; None: all
-    layers_pattern: tuple[str, ...] = ()  # what stands in front of such a number; empty: anything
+    layers_pattern: tuple[str, ...] = ()  # the name in front of such a number; empty: any
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)  # regular expression of names: rank
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rslora: bool = False  # the scale is alpha / sqrt(rank), not alpha / rank
@@ -85,7 +84,7 @@ class PEFTConfig:
         """Reads an `adapter_config.json`.
 
         Raises:
-            FileError: a field has a value of the wrong kind, or asks for what is not supported. The message says what to do.
+            FileError: the value of a field is invalid or not supported. The message says what to do.
         """
         values = read_json(path, limit=2**24)
         if not isinstance(values, dict):
@@ -144,7 +143,7 @@ class PEFTConfig:
         return _of_pattern(self.rank_pattern, name, self.rank)
 
     def scale_of(self, name: str) -> float:
-        """What the product of a layer's factors is multiplied by."""
+        """The scale of the product of a layer's factors."""
         rank, alpha = self.rank_of(name), _of_pattern(self.alpha_pattern, name, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -216,10 +215,10 @@ def load_adapter(model: M, path: str | os.PathLike[str]) -> M:
         path: directory with `adapter_config.json` and `adapter_model.safetensors`.
 
     Returns:
-        The model with the adapter, whose factors are float32 and lie where their logical axes say.
+        The model with the adapter, whose factors are float32 and sharded by their logical axes.
 
     Raises:
-        FileNotFoundError: it is no such directory.
+        FileNotFoundError: there is no such directory.
         FileError: the adapter is of a kind that is not supported, or its tensors are not those that its configuration names,
             or the model has no layer for them. The message says which and what to do.
         ValueError: the model has an adapter already.
@@ -228,12 +227,12 @@ def load_adapter(model: M, path: str | os.PathLike[str]) -> M:
 
 
 def shape_adapter(model: M, path: str | os.PathLike[str]) -> M:
-    """As `load_adapter`, with zeros for the factors, whose values are not read: for a model that is traced, not computed."""
+    """Does the same as `load_adapter`, but with factors of zero, for a model that is only traced."""
     return _adapted(model, Path(path), _attach_zeros)
 
 
 def _adapted(model: M, directory: Path, attach: Callable[..., None]) -> M:
-    """The model with the adapter in a directory; `attach` gives a linear layer its factors."""
+    """Puts the adapter of a directory on a model; `attach` gives a linear layer its factors."""
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory} is no adapter of PEFT: it has no {CONFIG}")
     config = PEFTConfig.read(directory / CONFIG)
@@ -256,7 +255,7 @@ def _adapted(model: M, directory: Path, attach: Callable[..., None]) -> M:
 
 
 def _layer_names(model: Model) -> dict[str, LayerName]:
-    """Every linear layer, one by one, by our name of it."""
+    """Returns the names of all linear layers, one for each layer of a stack, by our names."""
     names = {}
     for path, linear in linears(model):
         stacked = linear.weight.axes[0] == "layers"
@@ -269,7 +268,7 @@ def _layer_names(model: Model) -> dict[str, LayerName]:
 def _factors(
     model: Model, tensors: dict[str, Tensor], config: PEFTConfig, directory: Path
 ) -> dict[LayerName, dict[str, Tensor]]:
-    """The tensors lora_A and lora_B of every layer that has an adapter, checked against the configuration and the model."""
+    """Finds the tensors lora_A and lora_B of every layer with an adapter, and checks them against configuration and model."""
     known = _layer_names(model)
     factors: dict[LayerName, dict[str, Tensor]] = {}
     written: dict[LayerName, str] = {}  # the names that the file has for them
@@ -298,17 +297,17 @@ def _factors(
         (out_dim, in_dim), rank = shapes[layer.path], config.rank_of(written[layer])
         pair["A"].check((rank, in_dim))
         pair["B"].check((out_dim, rank))
-    # From here on under the names that the configuration's patterns are about.
+    # The layers get the file's names, which the patterns of the configuration match.
     return {layer._replace(name=written[layer]): pair for layer, pair in factors.items()}
 
 
 def _ours(model: Model, module: str) -> str:
-    """Our name of a linear layer, whatever release of transformers has written the one in the file."""
+    """Returns our name of a linear layer from that of any release of transformers."""
     return model.config.names.ours(f"{module}.weight").removesuffix(".weight")
 
 
 def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[LayerName], str]:
-    """How the file spells the names of layers, of which it has those `written`."""
+    """Returns a function that spells names of layers as the file does, which has the names `written`."""
     names = model.config.names
     alternatives = lambda x: names.all_spellings(x.key)
     votes = Counter(i for x, name in written.items() for i, other in enumerate(alternatives(x)) if other == name)
@@ -317,7 +316,7 @@ def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[Layer
 
 
 def _check_base(tensor: Tensor, model: Model) -> None:
-    """Checks a tensor that is no factor: PEFT saves embedding and head beside their adapters, which must be the model's own."""
+    """Checks a tensor that is not a factor: PEFT also saves embedding and head, which must equal the model's."""
     module = tensor.name.removeprefix(PREFIX).replace(".base_layer.", ".")
     own = {key: weight for _, key, weight in named_weights(model)}.get(model.config.names.ours(module))
     if own is None:
@@ -343,15 +342,15 @@ def _attach(
     scale = max((config.scale_of(x.name) for x in names.values()), key=abs)
     a, b = np.zeros((*layers, rank, in_dim), np.float32), np.zeros((*layers, out_dim, rank), np.float32)
     for layer, name in names.items():
-        pair, at = factors[name], () if layer is None else (layer,)
-        own, ratio = pair["A"].shape[0], config.scale_of(name.name) / scale if scale else 1.0
+        pair, index = factors[name], () if layer is None else (layer,)
+        rank_of_layer, ratio = pair["A"].shape[0], config.scale_of(name.name) / scale if scale else 1.0
         for tensor in pair.values():
             if not is_finite(np.ascontiguousarray(tensor.values())):
                 raise tensor.error("holds NaN or infinity")
-        a[at][:own] = pair["A"].values()
-        b[at][:, :own] = pair["B"].values()
+        a[index][:rank_of_layer] = pair["A"].values()
+        b[index][:, :rank_of_layer] = pair["B"].values()
         if ratio != 1:
-            b[at] *= ratio
+            b[index] *= ratio
     linear.lora_a = LoRAWeight(_put(a, (*layer_axis, None, in_axis), linear), axes=(*layer_axis, None, in_axis))
     linear.lora_b = LoRAWeight(_put(b, (*layer_axis, out_axis, None), linear), axes=(*layer_axis, out_axis, None))
     linear.lora_scale = scale
@@ -360,7 +359,7 @@ def _attach(
 def _attach_zeros(
     linear: Linear, names: dict[int | None, LayerName], factors: dict[LayerName, dict[str, Tensor]], config: PEFTConfig
 ) -> None:
-    """As `_attach`, with zeros."""
+    """Does the same as `_attach`, with factors of zero."""
     *layers, out_dim, in_dim = linear.weight.shape
     *layer_axis, out_axis, in_axis = linear.weight.axes
     rank = max(factors[name]["A"].shape[0] for name in names.values())
@@ -370,7 +369,7 @@ def _attach_zeros(
 
 
 def _put(values: np.ndarray, axes: tuple, linear: Linear) -> jax.Array:
-    """An array on the devices of the layer's weight, laid out by its own axes."""
+    """Puts an array on the devices of the layer's weight, sharded by its logical axes."""
     sharding = linear.weight[...].sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         sharding = NamedSharding(sharding.mesh, partition_spec(axes, values.shape, sharding.mesh))
@@ -384,7 +383,7 @@ def save_adapter(
 
     Args:
         model: with an adapter (`add_lora`, `load_adapter`).
-        path: the directory. An adapter that lies there is replaced.
+        path: the directory. An adapter in it is replaced.
         base: name or directory of the model that the adapter belongs to, for `base_model_name_or_path`.
         dtype: of the factors in the file; None: float32.
 
@@ -435,7 +434,7 @@ def save_adapter(
 
 
 def _pairs(a: np.ndarray, b: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The factors of the layers one by one, without the zeros that fill up smaller ranks; stacked or not."""
+    """Returns the factors of a stack or a single layer, one pair for each layer, without the padding of smaller ranks."""
     a, b = a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
     used = (a != 0).any(axis=2) | (b != 0).any(axis=1)  # [layers, rank]
     if not used.any():
@@ -445,13 +444,13 @@ def _pairs(a: np.ndarray, b: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _plain(alpha: float) -> float | int:
-    """A whole number as one, also where a division has left it a rounding error."""
+    """Returns a number as an integer if it is one up to rounding errors."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
 def _targets(model: Model, adapted: set[str]) -> list[str]:
-    """Names for `target_modules` that mean these layers and no others: q_proj, where that is enough, else whole names."""
-    modules = set()  # also those that hold others: blocks.0 ends as mlp.0 does
+    """Returns names for `target_modules` that match these layers and no others: q_proj if that is enough, else full names."""
+    modules = set()  # those that contain others, too: blocks.0 and mlp.0 have the same end
     for key, layer in _weight_layers(model):
         parts = model.config.names.in_transformers(key.format(layer)).split(".")
         modules |= {".".join(parts[:count]) for count in range(1, len(parts))}

@@ -1,7 +1,7 @@
-"""What a directory's preprocessors say of pictures: the sizes at which they are shown, and flags that must be those of the model.
+"""The preprocessors of a model directory: the sizes at which pictures are shown, and flags, which must be those of the model.
 
-The files are those of transformers: `processor_config.json`, whose sections `image_processor` and `video_processor` go first, or
-else `preprocessor_config.json` and `video_preprocessor_config.json`. Without a preprocessor of its own a video has the image's.
+The files are those of transformers: `processor_config.json`, whose sections `image_processor` and `video_processor` come first,
+or else `preprocessor_config.json` and `video_preprocessor_config.json`. Without a video preprocessor the image's is used.
 """
 
 import math
@@ -17,7 +17,7 @@ from pixel_jax.models.side_files import NESTED, PREPROCESSOR, VIDEO_PREPROCESSOR
 from pixel_jax.terminal import warn
 
 BICUBIC = 3  # as Pillow numbers it
-# Fields that say nothing of what is shown, or that others read.
+# Fields that do not concern the pixels that are shown, or that are read elsewhere.
 INERT = frozenset(
     "image_processor_type processor_class feature_extractor_type video_processor_type image_processor_class auto_map "
     "_valid_processor_keys return_tensors data_format input_data_format device disable_grouping default_to_square "
@@ -28,19 +28,19 @@ SAMPLING = ("do_sample_frames", "fps", "num_frames", "min_frames", "max_frames")
 
 
 class PixelLimits(NamedTuple):
-    """The area of a picture as the model sees it, in pixels."""
+    """Bounds of the area of a picture as the model sees it, in pixels."""
 
     least: int
     most: int
 
 
 class Sampling(NamedTuple):
-    """Which frames of a video are shown.
+    """The sampling of the frames of a video.
 
     Attributes:
-      fps: how many of a second; None: it is not said.
-      frames: how many of a video; None: as many as `fps` gives.
-      least, most: how many at least (if there are as many) and at most where `fps` says it.
+      fps: frames of a second; None: not given.
+      frames: frames of a video; None: the number follows from `fps`.
+      least, most: bounds of a number that follows from `fps`; a video may have fewer frames than `least`.
     """
 
     fps: float | None = None
@@ -49,7 +49,7 @@ class Sampling(NamedTuple):
     most: int = 768
 
     def indices(self, count: int, rate: float) -> list[int]:
-        """The numbers of the frames that are shown of `count`, `rate` a second: evenly spread (Qwen3-VL's processor)."""
+        """Returns evenly spread indices of `count` frames at `rate` frames a second (as Qwen3-VL's processor does)."""
         if self.frames is not None:
             number = self.frames
         elif self.fps is not None:
@@ -60,7 +60,7 @@ class Sampling(NamedTuple):
 
 
 class Preprocessors(NamedTuple):
-    """What the files say; None: nothing."""
+    """The settings of a directory's preprocessors; None: not given."""
 
     image: PixelLimits | None = None
     video: PixelLimits | None = None
@@ -76,11 +76,11 @@ def read_preprocessors(
       files: of the directory (`read_side_files`).
       directory: for messages.
       vision: of the model.
-      usual: limits of fields that are left out.
-      rate: frames of a second where nothing is said of videos; None: all.
+      usual: limits for fields that are left out.
+      rate: frames of a second if the files say nothing of videos; None: all frames.
 
     Raises:
-      FileError: a file is malformed, or asks for something else than the model sees; the message names field and value.
+      FileError: a file is malformed, or a field differs from what the model supports; the message names field and value.
     """
     own = {} if NESTED not in files else json_object(dict(files), NESTED, directory)
     sections: dict[str, tuple[dict[str, Any], Path]] = {}
@@ -109,7 +109,7 @@ def read_preprocessors(
 
 
 def _limits(values: dict[str, Any], where: Path, vision: TowerConfig, usual: PixelLimits) -> PixelLimits:
-    """Of a family whose pictures keep their proportions; FileError if a field cannot be followed."""
+    """Reads the bounds for a family whose pictures keep their proportions. FileError: a field is invalid or not supported."""
     _check(values, where, vision)
     size = _section(values, "size", where)
     if unknown := [name for name in size if name not in ("shortest_edge", "longest_edge", "min_pixels", "max_pixels")]:
@@ -117,23 +117,25 @@ def _limits(values: dict[str, Any], where: Path, vision: TowerConfig, usual: Pix
             f"{where}: size has {unknown[0]} {shown(size[unknown[0]])}: pictures keep their proportions here, so it has "
             "shortest_edge and longest_edge, the least and the most pixels"
         )
-    found = []
+    bounds = []
     for field, edge, other in (
         ("min_pixels", "shortest_edge", usual.least),
         ("max_pixels", "longest_edge", usual.most),
     ):
-        given = [x for x in (values.get(field), size.get(edge), size.get(field)) if x is not None]
-        value = given[0] if given else other
+        values_given = [x for x in (values.get(field), size.get(edge), size.get(field)) if x is not None]
+        value = values_given[0] if values_given else other
         if type(value) is not int or not 0 < value < 2**31:
             raise FileError(f"{where}: {field} is {shown(value)}, not a positive number of pixels")
-        found.append(value)
-    if found[0] > found[1]:
-        raise FileError(f"{where}: the preprocessor: need 0 < min_pixels <= max_pixels, got {found[0]} and {found[1]}")
-    return PixelLimits(*found)
+        bounds.append(value)
+    if bounds[0] > bounds[1]:
+        raise FileError(
+            f"{where}: the preprocessor: need 0 < min_pixels <= max_pixels, got {bounds[0]} and {bounds[1]}"
+        )
+    return PixelLimits(*bounds)
 
 
 def _check(values: dict[str, Any], where: Path, vision: TowerConfig) -> None:
-    """FileError if a flag asks for something that the model does not see."""
+    """Checks the flags. FileError: one differs from what the model supports."""
     flexible = vision.fixed_grid is None
     expected: dict[str, Any] = {
         "do_resize": True,
@@ -150,9 +152,9 @@ def _check(values: dict[str, Any], where: Path, vision: TowerConfig) -> None:
     if flexible:
         expected |= {"temporal_patch_size": vision.temporal_patch_size, "merge_size": vision.spatial_merge_size}
     for field, value in expected.items():
-        found = values.get(field)
-        if found is not None and (found != value or type(found) is not type(value)):
-            raise FileError(f"{where}: the preprocessor has {field} {shown(found)}, the model {value}")
+        actual = values.get(field)
+        if actual is not None and (actual != value or type(actual) is not type(value)):
+            raise FileError(f"{where}: the preprocessor has {field} {shown(actual)}, the model {value}")
     factor = values.get("rescale_factor")
     if factor is not None and not (isinstance(factor, float) and math.isclose(factor, 1 / 255, rel_tol=1e-9)):
         raise FileError(f"{where}: the preprocessor has rescale_factor {shown(factor)}, the model 1/255")
@@ -168,7 +170,7 @@ def _check(values: dict[str, Any], where: Path, vision: TowerConfig) -> None:
 
 
 def _check_square(values: dict[str, Any], where: Path, vision: TowerConfig) -> None:
-    """FileError unless the preprocessor makes images of the model's one size."""
+    """Checks the sizes. FileError: the preprocessor does not make images of the model's only size."""
     assert vision.fixed_grid is not None
     side = vision.fixed_grid[0] * vision.patch_size
     for field, expected in (
@@ -180,7 +182,7 @@ def _check_square(values: dict[str, Any], where: Path, vision: TowerConfig) -> N
 
 
 def _sampling(values: dict[str, Any], where: Path, rate: float | None) -> Sampling:
-    """FileError if the fields do not say which frames to take."""
+    """Reads the sampling of videos. FileError: the fields contradict one another, or one is invalid."""
     for field in SAMPLING[1:]:
         value = values.get(field)
         types = (int, float) if field == "fps" else (int,)

@@ -95,9 +95,9 @@ class Qwen3VLConfig(QwenVLConfig):
 
 
 class Merger(nnx.Module):
-    """Neighbouring patches -> one visual token in the decoder's width.
+    """Merges neighbouring patches to one visual token in the decoder's width.
 
-    The norm is over each patch, or, of what the inner blocks give (`together`), over all patches of the token.
+    The norm is over each patch, or, for outputs of inner blocks (`together`), over all patches of the token.
     """
 
     def __init__(self, key: jax.Array, config: TowerConfig, dtype, *, together: bool):
@@ -118,7 +118,7 @@ class Merger(nnx.Module):
 
 
 class DeepstackTower(VisionTower):
-    """A vision tower with a learned table of positions, whose inner blocks speak to the decoder, too."""
+    """A vision tower with a learned table of positions, whose inner blocks have features for the decoder, too."""
 
     def __init__(self, config: TowerConfig, key: jax.Array, dtype):
         tower, table, merger, *rest = jax.random.split(key, 3 + len(config.deepstack_visual_indexes))
@@ -127,7 +127,7 @@ class DeepstackTower(VisionTower):
         shape = (config.num_position_embeddings, config.hidden_size)
         self.pos_embed = nnx.Dict(weight=normal(table, shape, (None, "vision_embed"), dtype))
         self.merger = Merger(merger, config, dtype, together=False)
-        # The names are the places in the original's list.
+        # The names are indices in the original's list.
         mergers = {str(i): Merger(k, config, dtype, together=True) for i, k in enumerate(rest)}
         self.deepstack_merger_list = nnx.Dict(mergers)
 
@@ -136,12 +136,12 @@ class DeepstackTower(VisionTower):
         return super().embed(pixels, hw, layout) + self.table(hw, layout)
 
     def table(self, hw: jax.Array, layout: Layout) -> jax.Array:
-        """The learned square table, stretched bilinearly over grids of `hw` int32 [N, 2] patches -> [N, P, hidden]."""
+        """Interpolates the learned square table bilinearly over grids of `hw` int32 [N, 2] patches: [N, P, hidden]."""
         weight = self.pos_embed["weight"][...]
         side = math.isqrt(weight.shape[0])
 
         def taps(index: jax.Array, size: jax.Array):
-            """Along an axis of `size` [N] patches: two places of the table for each patch [N, P], and their weights."""
+            """Along an axis of `size` [N] patches: two indices into the table for each patch [N, P], and their weights."""
             at = index.astype(jnp.float32) * (side - 1) / jnp.maximum(size - 1, 1)[:, None].astype(jnp.float32)
             low = jnp.clip(jnp.floor(at), 0, side - 1)
             part = at - low

@@ -1,4 +1,4 @@
-"""What the Qwen-VL families have in common: their placeholder tokens and the layout of their files."""
+"""The configurations of the Qwen-VL families, which share placeholder tokens and the layout of their files."""
 
 import dataclasses
 from dataclasses import dataclass

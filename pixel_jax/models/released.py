@@ -1,4 +1,4 @@
-"""The networks that are released, by name: their shapes are known without their weights.
+"""The released networks by name, with their shapes, which are known without the weights.
 
 Source: `config.json` of Qwen/Qwen2.5-VL-{3B,7B,72B}-Instruct; the technical report (arXiv:2502.13923, Table 1) has the same
 sizes but for the vision tower's MLP, whose width is 3456 there and 3420 in the two smaller checkpoints.
@@ -36,20 +36,20 @@ RELEASED = {
 
 
 def released(name: str) -> Qwen2_5_VLConfig:
-    """The network called `name`; an unknown name is a ValueError that lists the known ones."""
+    """Returns the network called `name`; ValueError: the name is unknown; the message lists the known ones."""
     if name not in RELEASED:
         raise ValueError(f"no released network is called {name!r}; known are {', '.join(RELEASED)}")
     return RELEASED[name]
 
 
 def weight_shapes(config: ModelConfig, dtype=None) -> Model:
-    """The model without its weights: a `jax.ShapeDtypeStruct` in the place of each array (float32 unless `dtype` says)."""
+    """Returns an abstract model, with a `jax.ShapeDtypeStruct` for each array (float32 unless `dtype` is given)."""
     options = {} if dtype is None else {"dtype": dtype}
     return jax.eval_shape(lambda key: LanguageModel(config, key, **options), jax.random.key(0))
 
 
 def check_architecture(model: Model, name: str, where: str) -> None:
-    """ValueError unless the weights of `model`, read from `where`, have the shapes of the network called `name`."""
+    """Raises ValueError unless the weights of `model`, read from `where`, have the shapes of the network called `name`."""
     expected, actual = (
         {key: weight.shape for _, key, weight in named_weights(x)} for x in (weight_shapes(released(name)), model)
     )

@@ -1,6 +1,6 @@
-"""Rotary positions: two-dimensional ones for vision towers; for decoders one number a token, or M-RoPE.
+"""Rotary positions: two-dimensional ones for vision towers; for decoders one number for each token, or M-RoPE.
 
-M-RoPE is three numbers: time, height and width.
+M-RoPE has three numbers for each token: time, height and width.
 
 Positions, angles and the rotation are float32 whatever the weights are: bfloat16 rounds 257 to 256, and sin(257) is far from
 sin(256).
@@ -16,9 +16,9 @@ from pixel_jax.models.inputs import locate, merged_grids
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the two halves of the last dimension, or of its first part, against each other.
+    """Rotates the two halves of the first R numbers of the last dimension against each other; the others are not changed.
 
-    x: [..., T, heads, head_dim]; cos, sin: float32 [..., T, R / 2]; what is behind the first R numbers stays as it is
+    x: [..., T, heads, head_dim]; cos, sin: float32 [..., T, R / 2]
     """
     if 2 * cos.shape[-1] < x.shape[-1]:
         turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
@@ -29,12 +29,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _frequencies(dim: int, theta: float) -> np.ndarray:
-    """theta^(-2i / dim), float32 [dim / 2]. On the host: at position 30000 an error in the last bit turns the angle by .002."""
+    """Computes theta^(-2i / dim), float32 [dim / 2], on the host: an error in the last bit changes an angle by .002 at 30,000."""
     return (1 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
 
 
 def vision_angles(rows: jax.Array, columns: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Patch coordinates int32 [..., T] -> cos, sin float32 [..., T, head_dim / 2]: first half rows, second half columns."""
+    """Computes cos, sin float32 [..., T, head_dim / 2] of patch coordinates int32 [..., T]: first rows, then columns."""
     spatial = head_dim // 2
     frequencies = _frequencies(spatial, 10000.0)
     angles = jnp.stack([rows, columns], axis=-1)[..., None].astype(jnp.float32) * frequencies
@@ -43,10 +43,10 @@ def vision_angles(rows: jax.Array, columns: jax.Array, head_dim: int) -> tuple[j
 
 
 def scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """The frequencies of a context longer than that of training, float32 [dim / 2].
+    """Scales frequencies for a context longer than that of training, float32 [dim / 2].
 
-    'llama3' keeps frequencies whose wave is short against the context of training, divides those whose wave is long by
-    `factor`, and goes over from one to the other in between.
+    'llama3' keeps frequencies whose wavelength is short compared with the context of training, divides those of long wavelengths
+    by `factor`, and interpolates in between.
     """
     low = (frequencies / np.float32(scaling.factor)).astype(np.float32)
     if scaling.kind == "linear":
@@ -64,10 +64,10 @@ def rotary_frequencies(config: TextConfig) -> np.ndarray:
 
 
 def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Positions int32 [3, B, T] -> cos, sin float32 [B, T, rotary_dim / 2].
+    """Computes cos, sin float32 [B, T, rotary_dim / 2] of positions int32 [3, B, T].
 
-    With an `mrope_section` the frequencies are dealt out to time, height and width, so many to each: in blocks, or in turns.
-    Without one all positions of a token are the same number.
+    With an `mrope_section` the frequencies are divided among time, height and width, in blocks or alternating. Without one the
+    three positions of a token are equal.
     """
     half, section, frequencies = config.rotary_dim // 2, config.mrope_section, rotary_frequencies(config)
     if section is None:
@@ -83,7 +83,7 @@ def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, 
 
 
 def text_positions(valid: AnyArray, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions of tokens that count one each, as `mrope_positions` returns them."""
+    """Computes positions of text tokens, each one more than that before it, as `mrope_positions` returns them."""
     counted = start[:, None] + jnp.cumsum(valid, axis=1) - valid
     positions = jnp.broadcast_to(counted, (3, *counted.shape)).astype(jnp.int32)
     return positions, (start + valid.sum(axis=1)).astype(jnp.int32)
@@ -97,7 +97,7 @@ def mrope_positions(
     start: jax.Array,
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Position ids of a stretch of tokens, in the original semantics of the Qwen-VL families.
+    """Computes position ids of tokens with the original semantics of the Qwen-VL families.
 
     Text advances all three axes by one. The tokens of an item share a base; time, height and width count within its grid, time
     in steps of one, or of `seconds * tokens_per_second` cut to whole numbers where the family has that rate. What follows an

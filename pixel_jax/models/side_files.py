@@ -1,7 +1,7 @@
 """The files that lie beside the weights of a model: tokenizer, chat templates, preprocessor, generation settings.
 
-What comes in with a model goes out with it byte for byte: releases of transformers cannot read what later ones write. For a
-tokenizer that came from nowhere, `tokenizer_files` writes what all of them read.
+Files that were read with a model are saved with it byte for byte, because releases of transformers cannot read what later ones
+write. For a tokenizer that was not read from files, `tokenizer_files` writes files that all releases read.
 """
 
 import json
@@ -41,11 +41,11 @@ def is_template(name: str) -> bool:
 
 
 def read_side_files(directory: Path) -> dict[str, bytes]:
-    """The files that are there, by their path in the directory.
+    """Reads the side files of a directory, by their path in it.
 
     Raises:
-        FileError: one is no regular file, too large, or a link that leads out of the directory: what it leads to would be
-            copied into every model that is saved. Links of the Hugging Face cache into its own store are followed.
+        FileError: a file is not regular, too large, or a link out of the directory, whose target would be copied into every model
+            that is saved. Links of the Hugging Face cache into its own store are followed.
     """
     names = [name for name in (*TOKENIZER_FILES, *PREPROCESSOR_FILES, GENERATION) if os.path.lexists(directory / name)]
     if (directory / TEMPLATES).is_dir():
@@ -79,7 +79,7 @@ def json_object(files: dict[str, bytes], name: str, directory: Path) -> dict[str
 
 
 def _check_templates(templates: Any, path: Path) -> None:
-    """Chat templates with names are saved as files with those names: a path among them would be written to."""
+    """Checks chat templates: named ones are saved as files with these names, which therefore must not be paths."""
     if templates is None or isinstance(templates, str):
         return
     if isinstance(templates, list) and all(isinstance(x, dict) for x in templates):
@@ -92,7 +92,7 @@ def _check_templates(templates: Any, path: Path) -> None:
 
 
 def processor_template(files: dict[str, bytes], directory: Path) -> Any:
-    """The processor's chat template if it has a file of its own, `chat_template.json`, which goes first in transformers."""
+    """The processor's chat template, if it is in `chat_template.json`, which has precedence in transformers."""
     if OLD_TEMPLATE not in files:
         return None
     templates = json_object(files, OLD_TEMPLATE, directory).get("chat_template")
@@ -105,10 +105,10 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        # Some fields are looked at when the tokenizer is used.
+        # Some fields are only checked when the tokenizer is used.
         _ = (tokenizer.encode("a", add_special_tokens=False), tokenizer.pad_token_id)
         return tokenizer
-    except Exception as error:  # whatever a library says of a malformed file, among them errors of a type of its own
+    except Exception as error:  # of any type that the libraries raise for a malformed file
         reason = str(error).strip().partition("\n")[0][:300]
         raise FileError(
             f"{directory}: the tokenizer's files cannot be read: {type(error).__name__}: {reason}"
@@ -116,7 +116,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
 
 
 def tokenizer_files(tokenizer: "PreTrainedTokenizerFast") -> dict[str, bytes]:
-    """A tokenizer as the two files that transformers 4.49 to 5 read alike."""
+    """Writes a tokenizer as the two files that transformers 4.49 to 5 read alike."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TypeError(f"{type(tokenizer).__name__} is not a fast tokenizer: it has no tokenizer.json behind it")
@@ -137,5 +137,5 @@ def tokenizer_files(tokenizer: "PreTrainedTokenizerFast") -> dict[str, bytes]:
 
 
 def as_json(values: dict[str, Any]) -> bytes:
-    """The fields as a file of transformers has them."""
+    """Formats fields as a JSON file of transformers."""
     return json.dumps(values, indent=2, ensure_ascii=False).encode()

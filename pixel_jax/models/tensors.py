@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors files are mapped, their headers checked, and nothing is read before it is asked for."""
+"""Tensors in files: safetensors files are mapped and their headers checked; values are only read when they are used."""
 
 import math
 import mmap
@@ -18,7 +18,7 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Bits of an element of the other types that the format knows.
+# Bits of an element of the other types of the format.
 OTHERS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("I16", "U16"), 16),
@@ -34,11 +34,13 @@ MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
 class Tensor:
     """A tensor in a file."""
 
-    name: str  # as the file calls it
+    name: str  # in the file
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # as the file calls it
-    values: Callable[[], np.ndarray]  # all of it; of a mapped file a view, which reads what is indexed
+    dtype: str  # the file's name for it
+    values: Callable[
+        [], np.ndarray
+    ]  # returns the whole tensor; of a mapped file a view, of which only used parts are read
 
     def error(self, problem: str) -> FileError:
         """Returns an error about the tensor, which names it and its file."""
@@ -53,7 +55,7 @@ class Tensor:
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; the file is mapped as long as one of them is in use.
+    """Opens the tensors of a safetensors file, by name; the file is mapped as long as one of them is in use.
 
     Raises:
         FileError: it is no regular file, or its header does not describe its contents.
@@ -84,7 +86,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _entry(path: Path, name: str, fields: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, last byte + 1) of a tensor in a header."""
+    """Reads (dtype, shape, first byte, last byte + 1) of a tensor from a header."""
     whole = lambda x: isinstance(x, list) and all(type(n) is int and 0 <= n < 2**63 for n in x)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"tensor {name!r} has no dtype, shape and data_offsets")
@@ -101,7 +103,7 @@ def _entry(path: Path, name: str, fields: Any) -> tuple[str, tuple[int, ...], in
 def _view(content: mmap.mmap, dtype: str, shape: tuple[int, ...], start: int) -> Callable[[], np.ndarray]:
     def values() -> np.ndarray:
         count = math.prod(shape)
-        # NumPy takes no empty piece at the end of a buffer.
+        # NumPy refuses an empty view at the end of a buffer.
         flat = np.frombuffer(content, FLOATS[dtype], count, start) if count else np.empty(0, FLOATS[dtype])
         return flat.reshape(shape)
 
@@ -113,14 +115,14 @@ def _damaged(path: Path, what: str) -> FileError:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether all numbers are. Of the bits: for bfloat16 `np.isfinite` takes five times as long."""
+    """Whether all numbers are finite. It compares bits, because `np.isfinite` takes five times as long for bfloat16."""
     if not values.size:
         return True
     unsigned = np.dtype(f"u{values.itemsize}")
     infinity = np.array(np.inf, values.dtype).view(unsigned)
     magnitude = unsigned.type(2 ** (8 * values.itemsize - 1) - 1)
     flat = values.reshape(-1).view(unsigned)
-    pieces = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))  # that stay in the processor's cache
+    pieces = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))  # small enough for the processor's cache
     return all((piece & magnitude).max() < infinity for piece in pieces)
 
 

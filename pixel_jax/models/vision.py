@@ -36,7 +36,7 @@ EPS = 1e-6  # fixed in the original, not a field of its configuration
 
 
 class Layout:
-    """The order of the patches of a batch of slices: merge order, or, in a tower with windows, window by window.
+    """The order of the patches of a batch of slices: merge order, or window by window in a tower with windows.
 
     valid: bool [N, P]; row, column: int32 [N, P], patch coordinates
     With windows also `window`, int32 [N, P], the number of the patch's window, and `order`, int32 [N, P / 4], the number in
@@ -67,7 +67,7 @@ class Layout:
 
 
 class Blocks(NamedTuple):
-    """How windowed attention divides P patches: `number` blocks of `size`, each of which sees `reach` blocks on either side."""
+    """The blocks of windowed attention over P patches: `number` blocks of `size`, which see `reach` blocks on either side."""
 
     number: int
     size: int
@@ -75,7 +75,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, num_patches: int, config: TowerConfig) -> "Blocks":
-        """Returns the cut of `num_patches` patches."""
+        """Returns the blocks of `num_patches` patches."""
         size = config.window_cells**2 * config.merge_unit
         # A block and its two neighbours would be all patches, and one block is faster (docs/performance.md).
         if num_patches <= 3 * size:
@@ -151,7 +151,7 @@ class VisionAttention(nnx.Module):
 
 
 def norm(config: TowerConfig, dtype) -> RMSNorm | LayerNorm:
-    """Returns the norm of a patch that the family has."""
+    """Returns the family's norm of patches."""
     return (RMSNorm if config.gated else LayerNorm)(config.hidden_size, ("vision_embed",), eps=EPS, dtype=dtype)
 
 
@@ -176,7 +176,7 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """Four neighbouring patches -> one visual token in the decoder's width."""
+    """Merges four neighbouring patches to one visual token in the decoder's width."""
 
     def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
@@ -208,9 +208,9 @@ class VisionTower(nnx.Module):
     def __call__(
         self, pixel_values: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
-        """One temporal slice each: float [N, P, patch_dim] in merge order and int32 [N, 2] patches -> [N, P / 4, features].
+        """Computes features [N, P / 4, F] of temporal slices float [N, P, patch_dim] in merge order; hw: int32 [N, 2] in patches.
 
-        Beyond a slice's height * width patches the input may be anything finite; the output there means nothing (finite).
+        Beyond a slice's height * width patches the input may be any finite numbers; the output there is finite and meaningless.
         """
         config = self.config
         num_patches = pixel_values.shape[1]
@@ -235,7 +235,7 @@ class VisionTower(nnx.Module):
         return keep_rows(self.merge(x, () if taps is None else taps, layout))
 
     def embed(self, pixels: jax.Array, hw: jax.Array, layout: Layout) -> jax.Array:
-        """Pixels [N, P, patch_dim] in merge order -> the input of the first block, [N, P, hidden], in the order of `layout`."""
+        """Embeds pixels [N, P, patch_dim] in merge order: the input of the first block, [N, P, hidden], in `layout`'s order."""
         x = keep_rows(self.patch_embed(keep_rows(pixels)))
         if self.config.window_size is None:
             return x
@@ -243,7 +243,7 @@ class VisionTower(nnx.Module):
         return keep_rows(jnp.take_along_axis(tokens, layout.order[..., None], axis=1).reshape(x.shape))
 
     def merge(self, x: jax.Array, taps, layout: Layout) -> jax.Array:
-        """Outputs of the last block [N, P, hidden], and of those in between -> visual tokens [N, P / 4, features]."""
+        """Merges outputs of the last block [N, P, hidden], and of inner blocks, to visual tokens [N, P / 4, features]."""
         merged = self.merger(x)
         if self.config.window_size is None:
             return merged

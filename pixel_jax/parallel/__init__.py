@@ -1,4 +1,4 @@
-"""Meshes and how weights and batches lie on them, in one process or several."""
+"""Meshes, and the sharding of weights and batches over them, in one process or several."""
 
 from pixel_jax.parallel.mesh import make_mesh as make_mesh
 from pixel_jax.parallel.sharding import WHOLE as WHOLE

@@ -1,4 +1,4 @@
-"""How much memory a device has; sizes that a config leaves open follow from it."""
+"""The memory of a device, from which sizes follow that a config leaves open."""
 
 import os
 import pathlib

@@ -42,7 +42,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if wanted > len(devices):
         raise ValueError(f"mesh {shape} needs {wanted} devices, there are {len(devices)}")
     devices = devices[:wanted]
-    # JAX also counts the nodes of GPUs as slices. They come node by node, so that the last axes lie inside a node.
+    # JAX also counts the nodes of GPUs as slices. GPUs are listed node by node, so that the last axes are inside a node.
     slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
     if len(slices) > 1:
         raise ValueError(f"the devices lie on {len(slices)} slices; a mesh here is one slice")

@@ -1,4 +1,4 @@
-"""Several processes as one computation: how they start, exchange arrays, and end together.
+"""Runs several processes as one computation: they start, exchange arrays, and end together.
 
 Every process runs the same program. `JAX_NUM_PROCESSES` in the environment says that there are several: a number, beside
 `JAX_COORDINATOR_ADDRESS` and `JAX_PROCESS_ID` (as `launch/processes.sh` sets them), or `auto`, where JAX asks the cluster

@@ -1,1 +1,1 @@
-"""What a recipe costs on a machine that one does not have: its real steps, compiled ahead of time and counted."""
+"""Predicts the cost of a recipe on a machine that is not present: its real steps are compiled ahead of time and counted."""

@@ -1,4 +1,4 @@
-"""GPUs that are not there: what XLA has to know of a GPU to compile for it, and nodes of them as JAX devices."""
+"""GPUs that are not present: the descriptions from which XLA compiles for them, and nodes of them as JAX devices."""
 
 import os
 from typing import NamedTuple
@@ -10,7 +10,7 @@ VERSIONS = {"dnn_version_info": (9, 10, 0), "runtime_version": (12, 8, 0)}  # of
 class GPU(NamedTuple):
     """A GPU as XLA's `GpuTargetConfigProto` describes it, and the published rates of its links."""
 
-    kind: str  # the name that the driver gives it, JAX's `device_kind`
+    kind: str  # the driver's name of it, JAX's `device_kind`
     capability: int  # major version; the minor one is 0
     cores: int  # streaming multiprocessors
     fpus: int  # float32 units of a core
@@ -18,8 +18,8 @@ class GPU(NamedTuple):
     memory: int  # bytes
     bandwidth: float  # of the memory, bytes a second
     cache: int  # of the second level, bytes
-    shared: int  # memory of a core that its threads share, bytes
-    block: int  # most of it that one block of threads may ask for, bytes
+    shared: int  # shared memory of a core, bytes
+    block: int  # the most shared memory of one block of threads, bytes
     nvlink: float  # to the GPUs of its node, one direction, bytes a second
     network: float  # to other nodes, one direction, bytes a second of one GPU
     source: str
@@ -48,7 +48,7 @@ GPUS = {
 
 
 def target_config(gpu: GPU) -> str:
-    """The text of the `GpuTargetConfigProto` from which XLA compiles for a GPU that is not there."""
+    """Returns the text of the `GpuTargetConfigProto` from which XLA compiles for a GPU that is not present."""
     numbers = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -79,12 +79,12 @@ def target_config(gpu: GPU) -> str:
 
 
 def imagine(gpu: GPU, nodes: int, each: int) -> list:
-    """The devices of `nodes` nodes of `each` GPUs that are not there, node by node.
+    """Makes the devices of `nodes` nodes of `each` GPUs that are not present, node by node.
 
     Raises:
         ValueError: the CUDA plugin of JAX is missing or too old.
     """
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # else the plugin asks the driver, which is not there
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # otherwise the plugin needs a driver
     from jax._src import xla_bridge
     from jax.experimental import topologies
 
@@ -92,11 +92,11 @@ def imagine(gpu: GPU, nodes: int, each: int) -> list:
         devices = topologies.get_topology_desc(
             topology_name="", platform="cuda", target_config=target_config(gpu), topology=f"1x{nodes}x{each}"
         ).devices
-    except Exception as error:  # of several types, by what is missing
+    except Exception as error:  # of several types, depending on what is missing
         raise ValueError(
             f"{gpu.kind} cannot be imagined; `pip install pixel_jax[plan-gpu]` brings what it takes ({error})"
         ) from error
-    # Lowering asks for the platform's canonical name, which JAX only knows where a GPU's backend has started.
+    # Lowering needs the platform's canonical name, which JAX only knows if a GPU's backend has started.
     canonical = xla_bridge.canonicalize_platform
     if canonical.__name__ != "canonical_or_cuda":
 

@@ -40,7 +40,7 @@ class HLOError(ValueError):
 
 
 class Array(NamedTuple):
-    """An array of the program."""
+    """An array of a program."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -75,21 +75,21 @@ class Instruction:
     @property
     def scopes(self) -> list[str]:
         """The names in a loop's path, .../outer/scope/while (or cond); the last is the `jax.named_scope` right around it."""
-        found = re.search(r'op_name="([^"]*)/(?:while|cond)\)*"', self.attributes)
-        return re.findall(r"\w+", found[1]) if found else []
+        match = re.search(r'op_name="([^"]*)/(?:while|cond)\)*"', self.attributes)
+        return re.findall(r"\w+", match[1]) if match else []
 
     @property
     def op_name(self) -> str:
         """The instruction's path in the JAX program, or its own name."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else self.name
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else self.name
 
     def called(self, *attributes: str) -> list[str]:
         """The names of the computations in these attributes, in order."""
         names = []
         for attribute in attributes:
-            if found := re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes):
-                names += re.findall(r"%?([\w.\-]+)", found[1])
+            if match := re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes):
+                names += re.findall(r"%?([\w.\-]+)", match[1])
         return names
 
 
@@ -188,7 +188,7 @@ def _array(dtype: str, shape: str, layout: str | None) -> Array:
 
 
 class WorkCounter:
-    """Counts the work of a program."""
+    """A counter of the work of a program."""
 
     def __init__(
         self,
@@ -210,11 +210,11 @@ class WorkCounter:
         self.known: dict[str, Count] = {}
 
     def total(self) -> Count:
-        """The work of one run of the program."""
+        """Counts the work of one run of the program."""
         return self.computation(self.entry)
 
     def computation(self, name: str) -> Count:
-        """The work of one run of a computation."""
+        """Counts the work of one run of a computation."""
         if name not in self.known:
             self.known[name] = count = Count()
             for instruction in self.computations[name].values():
@@ -222,7 +222,7 @@ class WorkCounter:
         return self.known[name]
 
     def instruction(self, x: Instruction, within: Computation) -> Count:
-        """The work of one run of an instruction of the computation `within`."""
+        """Counts the work of one run of an instruction of the computation `within`."""
         count = Count()
         kind = x.opcode.removesuffix("-start")
         if x.opcode == "while":
@@ -282,13 +282,13 @@ class WorkCounter:
         count.bytes += self.plain_bytes(x, within) + again
 
     def trips(self, x: Instruction, condition: str, body: str) -> float:
-        """How often the body of a loop runs.
+        """The number of times that the body of a loop runs.
 
         Raises:
             HLOError: neither the program nor `turns` says it.
         """
-        if found := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', x.attributes):
-            return int(found[1])
+        if match := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', x.attributes):
+            return int(match[1])
         if scope := self.scope(x):
             return self.turns[scope]
         if (counted := self._counted(self.computations[condition], self.computations[body])) is not None:
@@ -328,7 +328,7 @@ class WorkCounter:
         return -(-int(limit.arguments) // int(step[0].arguments))
 
     def branches(self, x: Instruction, count: Count) -> None:
-        """Adds the work of branches: those of a known scope by their shares, of others the one with the most work."""
+        """Adds the work of branches: in a known scope by their shares, in others that of the branch with the most work."""
         names = x.called("branch_computations", "true_computation", "false_computation")
         if scope := self.scope(x):
             for name in names:
@@ -423,7 +423,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _stored(array: Array) -> float:
-    """The bytes of an array in whichever memory."""
+    """The bytes of an array in any memory."""
     return array._replace(on_chip=False).bytes
 
 
@@ -449,15 +449,15 @@ def _triton_kernel(x: Instruction, within: Computation) -> float:
 
 def _groups(x: Instruction) -> np.ndarray:
     """The devices of each group of a collective, int [groups, devices of a group]; of a permutation the pairs."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", x.attributes):
-        return _mesh_groups(found[1], found[2])
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.attributes):
-        dims = [int(d) for d in found[3].split(",")]
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", x.attributes):
+        return _mesh_groups(match[1], match[2])
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.attributes):
+        dims = [int(d) for d in match[3].split(",")]
         devices = np.arange(math.prod(dims)).reshape(dims)
-        order = [int(d) for d in found[4].split(",")] if found[4] else None
-        return devices.transpose(order).reshape(int(found[1]), int(found[2]))
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", x.attributes):
-        return np.array([[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])])
+        order = [int(d) for d in match[4].split(",")] if match[4] else None
+        return devices.transpose(order).reshape(int(match[1]), int(match[2]))
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", x.attributes):
+        return np.array([[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])])
     raise HLOError(f"the collective {x.name} does not say between whom: {x.attributes[:200]}")
 
 
@@ -477,14 +477,14 @@ def _mesh_groups(sizes: str, along: str) -> np.ndarray:
 
 
 def _share_sent(kind: str, n: int) -> float:
-    """The bytes that a device sends for each byte that it holds before the collective."""
+    """The number of bytes that a device sends for each byte that it has before the collective."""
     if kind == "collective-permute":
         return 1.0
     return {"all-gather": n - 1.0, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
 
 
 def _share_between(kind: str, nodes: np.ndarray) -> float:
-    """The share of what a device sends that goes to another node.
+    """The share of a device's sent bytes that go to another node.
 
     A library of collectives runs as many rings as a node has devices in the group, and each ring leaves the node at another one.
 

@@ -15,15 +15,14 @@ from pixel_jax.planning.gpus import GPUS, MEMORY_FRACTION, imagine
 class Chip(NamedTuple):
     """Published peaks of one chip."""
 
-    memory: float  # bytes that XLA gives the programs of a chip
+    memory: float  # bytes that XLA allows the programs of a chip
     bandwidth: float  # of its memory, bytes a second
     links: float  # to its neighbours, all ports together, one direction, bytes a second
-    dims: int  # of the torus of a slice; of GPUs the nodes, and the GPUs of a node
+    dims: int  # the number of dimensions of a slice's torus; of GPUs 2: nodes, and GPUs of a node
     source: str
     flops: float | None = None  # bfloat16 FLOP a second; None: that of `models.flops.PEAK_FLOPS`
-    network: float | None = (
-        None  # to chips of other nodes, one direction, bytes a second; None: every chip is a neighbour
-    )
+    # To chips of other nodes, one direction, bytes a second; None: all chips are connected by links.
+    network: float | None = None
 
 
 GIB = 2**30
@@ -56,8 +55,9 @@ class Machine(NamedTuple):
     chips: int
     devices: list
     flops: float  # a second, of one chip
-
-    node: int | None = None  # chips of a node, between which the network lies; None: all are neighbours
+    node: int | None = (
+        None  # chips of a node; nodes are connected by the network. None: all chips are connected by links
+    )
 
     @property
     def per_chip(self) -> float:
@@ -65,7 +65,7 @@ class Machine(NamedTuple):
         return len(self.devices) / self.chips
 
     def nodes(self, devices: Sequence[jax.Device]) -> list[int] | None:  # pyright: ignore[reportInvalidTypeForm], an alias without a stub
-        """The node of each device; None where all are neighbours."""
+        """The node of each device; None if all chips are connected by links."""
         return None if self.node is None else [self.devices.index(device) // self.node for device in devices]
 
 
@@ -76,7 +76,7 @@ def machine(name: str) -> Machine:
     `cpu:N`, virtual devices of this host.
 
     Raises:
-        ValueError: there is no such machine, or it cannot be imagined.
+        ValueError: there is no such machine, or a package that describes it is missing.
     """
     parsed = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not parsed or parsed[1] not in CHIPS:
@@ -106,19 +106,19 @@ def machine(name: str) -> Machine:
 
 
 def _imagined(name: str) -> list:
-    """The devices of a TPU slice that is not there. One process at a time may hold libtpu."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu looks for a metadata server
+    """Makes the devices of a TPU slice that is not present. Only one process at a time can use libtpu."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu looks for a metadata server
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}  # its two cores as one device
     try:
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
-    except Exception as error:  # of several types, by what is missing
+    except Exception as error:  # of several types, depending on what is missing
         raise ValueError(f"{name} cannot be imagined; `pip install libtpu` brings what it takes ({error})") from error
 
 
 def slices(kind: str) -> dict[int, str]:
-    """Slices of a kind, or nodes of GPUs, by their number of chips: from 8 to 1024 or the largest there is.
+    """Returns {number of chips: name} of slices of a kind, or nodes of GPUs, from 8 chips to 1024 or the largest slice.
 
     Raises:
         ValueError: there are no slices of this kind.

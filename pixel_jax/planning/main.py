@@ -1,8 +1,8 @@
-"""Predicts memory and time of a recipe's steps on a machine that need not be there: `pixel-jax plan --config=... --topology=...`.
+"""Predicts memory and time of a recipe's steps on a machine that need not be present: `pixel-jax plan`.
 
-Compiles the steps that training runs, from shapes alone, for TPU slices and nodes of GPUs that are not there (extras `plan` and
-`plan-gpu`), counts what they compute, move and send, and divides by published peak rates: a lower bound on the time, and a
-prediction only as far as the hardware reaches its peaks.
+The steps of training are compiled from shapes alone for TPU slices and nodes of GPUs that are not present (extras `plan` and
+`plan-gpu`). Their operations and the bytes that they move and send are counted and divided by published peak rates, which gives a
+lower bound on the time.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Recipe"] = lambda recipe: recipe) -> None:
-    """Plans what the flags ask for; `of_recipe` turns the config's recipe into one of other steps."""
+    """Makes the plans of the flags; `of_recipe` converts the config's recipe to one of other steps."""
     import jax
     from rich.console import Console
 
@@ -71,8 +71,8 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
         raise UserError(f"--json={FLAGS.json}: there is no directory {pathlib.Path(FLAGS.json).parent}")
     if FLAGS.json and pathlib.Path(FLAGS.json).is_dir():
         raise UserError(f"--json={FLAGS.json} is a directory")
-    jax.config.update("jax_platforms", "cpu")  # the machine at hand is not the one to plan for
-    console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width of its own
+    jax.config.update("jax_platforms", "cpu")  # this machine is not the one to plan for
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width
     config = load(TrainConfig, FLAGS.config)
     if FLAGS.configured and not config.mesh:
         raise UserError("--configured: the config has no mesh, so its runs are on one device")
@@ -123,7 +123,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
 
 
 def of_videos(config):
-    """The config with its shapes for videos in the place of those for images.
+    """Returns the config with its shapes for videos instead of those for images.
 
     Raises:
         UserError: the config has no shapes for videos.
@@ -141,10 +141,10 @@ def of_videos(config):
 
 
 def check_shapes(config) -> None:
-    """Refuses a config without shapes by hand: a plan reads no data to work them out from.
+    """Checks that a config gives the shapes, which a plan cannot infer because it reads no data.
 
     Raises:
-        UserError: shapes are missing; it names them.
+        UserError: shapes are missing; the message names them.
     """
     from pixel_jax.cli import UserError
 
@@ -156,7 +156,7 @@ def check_shapes(config) -> None:
 
 
 def read_recipe(config, console):
-    """The recipe of a config, with the network and the tokenizer of its model directory if that is there.
+    """Makes the recipe of a config, with the network and the tokenizer of its model directory if there is one.
 
     Raises:
         UserError: there is no such directory, and the config names no architecture.

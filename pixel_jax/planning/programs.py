@@ -1,4 +1,4 @@
-"""The programs of a recipe, from shapes alone: the functions that training calls, and abstract arrays as their arguments."""
+"""The programs of a recipe, built from shapes alone: the functions of training, and abstract arrays as their arguments."""
 
 import dataclasses
 import functools
@@ -33,8 +33,10 @@ from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import TrainState, cast, init_state
 from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_step
 
-RUN = ("update", "score", "rollout")  # steps of reinforcement learning, which are planned together; others alone
-ANY_STEPS = 1000  # of tuning by epochs: the data is not there, and the number only changes the learning rate
+RUN = ("update", "score", "rollout")  # steps of RL, which are planned together; others are planned separately
+ANY_STEPS = (
+    1000  # the number of steps of SFT by epochs, which is unknown without data and only changes the learning rate
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +86,19 @@ class Recipe:
 
     @property
     def prompt_width(self) -> int:
-        """The number of tokens of a prompt, which a plan needs by hand."""
+        """The number of tokens of a prompt, which the config must give."""
         assert self.config.prompt_width is not None
         return self.config.prompt_width
 
     @property
     def image_buffer(self) -> tuple[int, int, int]:
-        """The images of a prompt and their height and width, which a plan needs by hand."""
+        """The number of images of a prompt, and their height and width, which the config must give."""
         assert self.config.image_buffer is not None
         return self.config.image_buffer
 
     @property
     def trace_shape(self) -> tuple[int, int, int]:
-        """The tokens of a row of traces, its frames, and the patches of a frame, which a plan needs by hand."""
+        """The numbers of tokens and frames of a row of traces, and of patches of a frame, which the config must give."""
         config = self.config
         assert config.trace_tokens is not None and config.trace_frames is not None and config.trace_patches is not None
         return config.trace_tokens, config.trace_frames, config.trace_patches
@@ -106,7 +108,7 @@ class Recipe:
         return (1,) if step == "rollout" else (1, 2, 4, 8)
 
     def build(self, step: str, mesh: Mesh) -> "Program":
-        """The program of one of the steps on a mesh."""
+        """Builds the program of one of the steps on a mesh."""
         return build(self, step, mesh)
 
 

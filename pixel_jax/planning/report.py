@@ -20,10 +20,10 @@ Best = Mapping[str, Mapping[str, Compiled]]  # topology -> step -> its plan
 
 
 def document(plans: Sequence[Compiled], best: Best, points: Sequence[Point] = ()) -> dict[str, Any]:
-    """The content of the JSON file.
+    """Returns the content of the JSON file.
 
-    `plans` is a list of all plans; `best`, topology -> step -> the index of its plan and the assumed numbers of turns;
-    `scaling`, the plans of weak scaling with the seconds of each resource and the tokens per second and chip.
+    `plans` is a list of all plans; `best` is {topology: {step: index of its plan, and the assumed numbers of loop iterations}};
+    `scaling` has the plans of weak scaling with the seconds of each resource and the tokens per second and chip.
     """
     scaling = [
         {**dataclasses.asdict(p.compiled.plan), "times": p.times and p.times._asdict(), "rate": p.rate} for p in points
@@ -42,7 +42,7 @@ def document(plans: Sequence[Compiled], best: Best, points: Sequence[Point] = ()
 
 
 def mesh(plan: Plan) -> str:
-    """The sharding of a plan in words, as in `fsdp 64 x tensor 4, 4 micro-batches`."""
+    """Describes the sharding of a plan, as in `fsdp 64 x tensor 4, 4 micro-batches`."""
     axes = {axis: size for axis, size in plan.sharding.items() if axis != "micro_batches"}
     words = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1) or "one device"
     parts = plan.sharding.get("micro_batches", 1)
@@ -50,19 +50,19 @@ def mesh(plan: Plan) -> str:
 
 
 def gib(size: float | None) -> str:
-    """A number of bytes in GiB, "?" where it is not known."""
+    """Formats a number of bytes in GiB, or "?" if it is not known."""
     return "?" if size is None else f"{size / GIB:.2f} GiB"
 
 
 def line(compiled: Compiled) -> str:
-    """A line of progress about one compilation."""
+    """Returns a line of progress about one compilation."""
     plan = compiled.plan
     fits = f"fits in {gib(plan.bytes_per_chip)}" if plan.fits else f"does not fit ({gib(plan.bytes_per_chip)})"
     return f"{plan.topology} {plan.step}: {mesh(plan)}: {fits}; compiled in {compiled.seconds:.0f} s"
 
 
 def table(plans: Sequence[Compiled], best: Best) -> Table:
-    """The best plan of each step on each machine."""
+    """Makes the table of the best plan of each step on each machine."""
     head = (
         "topology",
         "step",
@@ -93,7 +93,7 @@ def table(plans: Sequence[Compiled], best: Best) -> Table:
 
 
 def scaling_table(points: Iterable[Point], step: str) -> Table:
-    """A table of weak scaling; the efficiency is relative to the rate of the first slice that fits."""
+    """Makes the table of weak scaling; the efficiency is relative to the rate of the first slice that fits."""
     head = (
         "topology",
         "sharding",

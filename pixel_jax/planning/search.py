@@ -62,7 +62,7 @@ class Compiled:
 
 
 class Times(NamedTuple):
-    """Seconds that each resource would need at its published peak."""
+    """The seconds that each resource would need at its published peak rate."""
 
     compute: float
     memory: float
@@ -108,7 +108,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
 
 
 def slots(recipe: Recipe) -> int:
-    """The number of rows of a rollout that are decoded at the same time."""
+    """The number of rows of a rollout that are decoded together."""
     config = recipe.config.learning
     return config.rollout.group_size * min(config.rollout.in_flight or config.prompts, config.prompts)
 
@@ -160,7 +160,7 @@ def search(
     most: int,
     report: Callable[[Compiled], object] = lambda compiled: None,
 ) -> dict[str, Compiled]:
-    """The plans of a run's steps: the fastest of the first `fitting` layouts that fit.
+    """Finds the plans of a run's steps: the fastest of the first `fitting` layouts that fit.
 
     A layout is one mesh for updates and scores and one for rollouts. The memory that the run holds besides a step's program
     counts, too: once a rollout is compiled, meshes whose training state does not fit beside it are ruled out.
@@ -333,11 +333,11 @@ def _no_cache():
 
 
 def _needed(message: str, machine: Machine) -> dict[str, Any]:
-    """The numbers of a plan that does not fit: the memory that the compiler asked for, where its message says so."""
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
+    """Returns the numbers of a plan that does not fit: the memory that the compiler needed, if its message has it."""
+    match = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     size = None
-    if found:
-        number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    if match:
+        number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
         size = machine.per_chip * float(number) * 1024 ** ("KMGT".index(unit) + 1)
     empty = dict.fromkeys(("flops_per_chip", "bytes_moved", "collectives", "seconds", "bound"))
     return {"bytes_per_chip": size, **empty}

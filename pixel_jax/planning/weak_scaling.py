@@ -1,4 +1,4 @@
-"""Weak scaling: a step on ever more chips with one row each, and the predicted loss to communication."""
+"""Weak scaling: a step with one row per chip on increasing numbers of chips, and the predicted loss to communication."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from pixel_jax.planning.search import Compiled, Times, search, times
 
 
 class Point(NamedTuple):
-    """A point of the curve: the first plan that fits a slice (if none does, the last), its times and tokens."""
+    """A point of the curve: the first plan that fits a slice (or the last, if none fits), its times and tokens."""
 
     compiled: Compiled
     times: Times | None
@@ -18,12 +18,12 @@ class Point(NamedTuple):
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second and chip; None where nothing fits."""
+        """Tokens per second and chip; None if no plan fits."""
         return self.tokens / self.compiled.plan.predicted_seconds if self.times else None
 
 
 def with_rows(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe with `rows` rows a tuning step or update."""
+    """Returns the recipe with `rows` rows for each SFT step or update."""
     config, changes = recipe.config, {}
     if config.sft is not None:
         changes["sft"] = dataclasses.replace(config.sft, batch_size=rows)

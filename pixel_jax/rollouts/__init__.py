@@ -1,1 +1,1 @@
-"""Policy meets pixels: prompts, the decode loop, what calls come to, and the records of it all."""
+"""Rollouts: prompts, the decode loop, calls of tools and their results, and the records of all of them."""

@@ -1,4 +1,4 @@
-"""Refuses device tools that cannot be part of a compiled rollout, before anything is compiled."""
+"""Checks, before anything is compiled, that device tools can be part of a compiled rollout."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -91,8 +91,8 @@ def _traced(tool: Tool, part: str, function: Callable[..., Any], *arguments: Any
             f"{str(error).splitlines()[0]} (jnp.where and jax.lax.cond choose inside a program)"
         ) from None
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0]
-        raise ToolError(f"`{part}` of tool {tool.name!r} raises {type(error).__name__}: {said}") from error
+        text = (str(error).splitlines() or [""])[0]
+        raise ToolError(f"`{part}` of tool {tool.name!r} raises {type(error).__name__}: {text}") from error
     if operation := next((name for name in _primitives(program) if any(word in name for word in HOST)), None):
         raise ToolError(
             f"`{part}` of tool {tool.name!r} is not pure: it communicates with the host ({operation}). Make it a host tool "

@@ -46,7 +46,7 @@ WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING, the device can go on 
 
 
 class Shared(NamedTuple):
-    """What decoding and observing read but do not change."""
+    """The values that decoding and observing read but do not change."""
 
     prompts: Prompts
     prefix: Prefix  # the cache of prompts and assistant prefix
@@ -208,7 +208,7 @@ def decode(model: Model, layers, shared: Shared, state: RowState, config: Rollou
         return jnp.zeros(logits.shape[1], bool).at[jnp.asarray(ids)].set(True)
 
     early = state.length - state.turn_start < config.min_tokens
-    # If the policy wrote a pad token, the features of a later image would be put there.
+    # If the policy wrote a pad token, it would be replaced by the features of a later image.
     banned = mask_of(np.array(model.config.visual_tokens, np.int32))
     banned |= early[:, None] & mask_of(shared.prompts.tables.stop)
     token, logprob = sample(
@@ -268,7 +268,7 @@ def decode_turns(
     Args:
       model: that writes.
       layers: its decoder layers, unstacked.
-      shared: what rows only read.
+      shared: the values that are not changed.
       state: of R rows.
       takes: from a state to bool [R], the slots that could take new rows.
       left: int32 [], the most tokens to decode; None: no limit.
@@ -478,8 +478,8 @@ def writes_on(state: RowState, takes: jax.Array, config: RolloutConfig, shape: R
     """Whether to decode another token before rows that wait are answered and free slots (`takes`, bool [R]) get new rows.
 
     Turns differ in length. Once enough rows of one shard wait, they are answered while the others are in the middle of their
-    turns; not each row alone, because all rows stand still meanwhile. With `config.tail_rows` all rows end their turns first,
-    the last of them in `decode_tail`.
+    turns. They are not answered one by one, because no row writes meanwhile. With `config.tail_rows` all rows end their turns
+    first, the last of them in `decode_tail`.
     """
     local = state.status.shape[0] // shape.shards
     if config.tail_rows is not None:

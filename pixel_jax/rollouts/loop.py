@@ -50,10 +50,9 @@ class RolloutState:
     prompts: Prompts  # B; those without tokens are empty
     key: jax.Array  # uint32, the data of the random key
     assistant_prefix: jax.Array  # int32 [O], the beginning of every row's first turn, padded with -1
-    temperature: (
-        jax.Array
-    )  # float32 [2], of the first turn and of later ones, for prompts that are admitted without their own
-    temperatures: jax.Array  # float32 [B, 2], the same of each prompt
+    # float32 [2], of the first turn and of later ones, for prompts that are admitted without temperatures
+    temperature: jax.Array
+    temperatures: jax.Array  # float32 [B, 2], the temperatures of each prompt
     queue: Queue  # prompts that have been read and that wait, and the output of rows that are done
     rows: RowState  # the rows in slots, with their caches
     decoding: jax.Array  # bool [], the budget ended while rows were writing, which must go on first

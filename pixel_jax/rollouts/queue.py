@@ -39,7 +39,7 @@ PROMPT_CHUNK, PROMPT_TOKENS = 8, 2**15
 
 
 class RowOutput(NamedTuple):
-    """What is stored of rows that are done; the fields are those of `RowState`."""
+    """The stored output of rows that are done; the fields are those of `RowState`."""
 
     tokens: jax.Array
     loss_mask: jax.Array
@@ -74,7 +74,7 @@ class Queue(NamedTuple):
     hidden: jax.Array  # [G, E, D], of the last token of each prompt
     next_pos: jax.Array  # int32 [G, E]
     prompt: jax.Array  # int32 [G, E], index in the data shard
-    entry: jax.Array  # int32 [G], which of the E prompts was read last
+    entry: jax.Array  # int32 [G], the index of the one of the E prompts that was read last
     left: jax.Array  # int32 [G], rows of that prompt that have not begun
     order: jax.Array  # int32 [B], of prompts that wait, the lowest of a shard is the next; NOT_WAITING for the others
     unread: jax.Array  # int32 [S], number of prompts that wait
@@ -150,11 +150,11 @@ def _empty(model: Model, slots: int, prompts: Prompts, config: RolloutConfig, sh
 
 
 class FreeSlots(NamedTuple):
-    """Which slots can take a new row, and which groups must read a prompt for that."""
+    """The slots that can take a new row, and the groups that must read a prompt for that."""
 
     takes: jax.Array  # bool [R]
     opens: jax.Array  # bool [G], groups that read another prompt
-    rank: jax.Array  # int32 [G], how many groups of the data shard read an earlier one
+    rank: jax.Array  # int32 [G], the number of groups of the data shard that read an earlier prompt
 
 
 def free_slots(queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape) -> FreeSlots:

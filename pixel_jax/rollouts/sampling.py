@@ -1,4 +1,4 @@
-"""Draws one token a row, by the Gumbel trick, so that a row's token depends only on its logits and its key."""
+"""Draws a token for each row, by the Gumbel trick, so that the token depends only on the row's logits and key."""
 
 import jax
 import jax.numpy as jnp

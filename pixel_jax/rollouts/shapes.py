@@ -14,7 +14,7 @@ class BatchShape(NamedTuple):
 
     # Of a prompt; of a trace, or of the traces packed in a row; of a row of a rollout, prompt and response together.
     tokens: int
-    images: int  # pictures of a row: the images or frames of a prompt, or, in tuning, all pictures that are shown
+    images: int  # pictures of a row: the images or frames of a prompt; in SFT all pictures that are shown
     slices: int  # temporal slices for the vision tower: images, and pairs of frames of videos
     patches: int  # of one picture, at the size at which it is shown
     height: int = 0  # of the largest picture, in pixels. 0: rows have patches, which were cut on the host

@@ -1,8 +1,7 @@
 """Compares the values of two formulas by math-verify (sympy), within limits.
 
-A policy that is rewarded for its answers writes them, so they are checked first: only what reads as a formula is handed on
-(ranges, dates, scores and prose are none), and only if it is small when it is worked out. A time limit and a budget of seconds
-stop what these checks miss.
+Answers are written by a policy that is rewarded for them, so they are checked first: only a formula is handed on (not a range, a
+date, a score or prose), and only if evaluating it is cheap. A time limit and a budget of seconds stop what these checks miss.
 """
 
 import contextlib
@@ -18,13 +17,13 @@ from typing import Any
 
 from absl import logging
 
-# It logs the whole of every text that it gives up: a policy could fill a disk. `charged` logs one line instead.
+# math-verify logs the whole of every text that it gives up, so that a policy could fill a disk. `charged` logs one line instead.
 python_logging.getLogger("math_verify").setLevel(python_logging.ERROR)
 
-LONGEST = 200  # characters of a formula: answers, not essays
-SECONDS = 5  # one parse or one comparison may take, in the main thread (the limit is a signal)
-LARGEST_POWER = 1000  # product of all exponents of a formula of numbers: at most some thousand digits
-LARGEST_EXPANSION = 12  # the same with variables: sums of several are multiplied out
+LONGEST = 200  # characters of a formula
+SECONDS = 5  # the time limit of one parse or comparison in the main thread, where a signal enforces it
+LARGEST_POWER = 1000  # product of all exponents of a formula of numbers: its value has some thousand digits at most
+LARGEST_EXPANSION = 12  # product of all exponents of a formula with variables, whose sums are multiplied out
 
 COMMANDS = frozenset(
     "frac dfrac tfrac sqrt pi cdot times div left right text mathrm mathbf circ degree pm sin cos tan log ln "
@@ -32,20 +31,19 @@ COMMANDS = frozenset(
 )
 TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|\.\d+|[a-z]+|[-+*/^=(){}\[\]]|\s+", re.IGNORECASE)
 NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+|\d+/\d+)")
-WRITTEN_FORM = re.compile(r"[\d\s.,:/()-]*")  # 3-9, 24/12, 2:1, 2010-2012, (555) 123-4567: never worked out
-# Factorials, numbers of many digits, and commands whose work grows with their arguments' values.
+WRITTEN_FORM = re.compile(r"[\d\s.,:/()-]*")  # 3-9, 24/12, 2:1, 2010-2012, (555) 123-4567: never evaluated
+# Factorials, numbers of many digits, and commands whose cost grows with the values of their arguments.
 UNBOUNDED = re.compile(r"[\w)}\]]\s*!|\d{41}|\\(?:[dt]?binom|sum|prod|i*nt|lim|exp)(?![a-z])", re.IGNORECASE)
-# An exponent that is written out, and no tower of them.
 _POWER = r"[-+]?\s*(?:\d{1,4}(?![\d.])|[a-z]|\\circ|\\degree)"
 EXPONENT = re.compile(
     rf"(?:\^|\*\*)\s*(?:\{{\s*{_POWER}\s*\}}|{_POWER})(?!\s*(?:\^|\*\*))", re.IGNORECASE
-)  # written out, no tower
+)  # an exponent that is a number or a letter, and has no exponent itself
 
 
 def is_expression(text: str) -> bool:
     """Whether `text` is a number, a product of variables, or a formula.
 
-    A formula is LaTeX and operators with their operands. Words, codes, ranges, dates and scores are none.
+    A formula is LaTeX and operators with their operands. Words, codes, ranges, dates and scores are not expressions.
     """
     if len(text) > LONGEST or re.search(r"\d\s+\.?\d", text):
         return False
@@ -70,16 +68,16 @@ def _product(word: str, text: str) -> bool:
 
 
 def is_formula(text: str) -> bool:
-    """Whether `text` is an expression that has to be worked out."""
+    """Whether `text` is an expression that has to be evaluated."""
     return is_expression(text) and not NUMBER.fullmatch(text) and re.search(r"[-+*/^=\\]", text) is not None
 
 
 def is_small(text: str) -> bool:
-    """Whether `text` is sure to be small when it is worked out: exponents are written out, and small if multiplied together."""
+    """Whether evaluating `text` is certainly cheap: every exponent is a number or a letter, and their product is small."""
     if UNBOUNDED.search(text):
         return False
     exponents = list(EXPONENT.finditer(text))
-    if len(exponents) != len(re.findall(r"\^|\*\*", text)):  # a tower, a sum, a fraction as an exponent
+    if len(exponents) != len(re.findall(r"\^|\*\*", text)):  # an exponent is a power, a sum or a fraction
         return False
     product = math.prod(max(int(x), 1) for x in re.findall(r"\d+", " ".join(found[0] for found in exponents)))
     variables = re.search(r"(?<![\\a-z])[a-z]", re.sub(r"\\[a-z]+", " ", text, flags=re.IGNORECASE), re.IGNORECASE)
@@ -91,10 +89,10 @@ _left: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar("seco
 
 @contextlib.contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """Limits all comparisons inside together to about `seconds`.
+    """Limits the total time of all comparisons in the context to about `seconds`.
 
-    When these are spent, formulas count as different, which is logged. The time is the thread's own, so that a busy machine
-    changes no verdict.
+    When it is spent, formulas count as different, which is logged. CPU time of the thread is measured, so that a busy machine
+    does not change verdicts.
     """
     token = _left.set([seconds])
     try:
@@ -105,7 +103,7 @@ def budget(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def charged() -> Iterator[bool]:
-    """Charges a use of math-verify to the budget. Yields whether any is left."""
+    """Charges the time spent in the context to the budget. Yields whether any time is left."""
     left = _left.get() or [math.inf]
     if left[0] <= 0:
         yield False
@@ -123,12 +121,12 @@ def charged() -> Iterator[bool]:
 
 
 def time_limit() -> int | None:
-    """The time limit of math-verify: a signal, which only the main thread may set. Elsewhere `is_small` has to suffice."""
+    """The time limit of math-verify. It is a signal, which only the main thread may set; None in other threads."""
     return SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """Whether two formulas, or a formula and a number, have the same value. False if one is none, or too large."""
+    """Whether two formulas, or a formula and a number, have the same value. False if one is not a formula, or too large."""
     import math_verify  # noqa: F401, a missing package is an error at once
 
     if not (is_small(answer) and is_small(reference)):
@@ -138,10 +136,10 @@ def same_value(answer: str, reference: str) -> bool:
 
 
 def parsed(text: str) -> list[Any]:
-    """The formulas that math-verify reads in a text, within the time limit."""
+    """Parses the formulas of a text by math-verify, within the time limit."""
     from math_verify import parse
 
-    # None is no limit, which the stubs do not say.
+    # None means no limit, which the stubs do not know.
     return parse(text, parsing_timeout=time_limit())  # pyright: ignore[reportArgumentType]
 
 
@@ -156,7 +154,7 @@ def _verified(answer: str, reference: str) -> bool:
 
 
 def _far_apart(a, b) -> bool:
-    """Whether two numbers differ by more than rounding. math-verify rounds to six decimals: to it 1/2^98 is 1/2^99."""
+    """Whether two numbers differ by more than rounding. math-verify rounds to six decimals, so that 1/2^98 equals 1/2^99."""
     import sympy
 
     if not all(isinstance(x, sympy.Expr) and x.is_number for x in (a, b)):

@@ -15,15 +15,16 @@ def group_advantage(
     scale_by_std: bool = False,
     eps: float = 1e-4,
 ) -> np.ndarray:
-    """The advantage of each row in its group (GRPO), float32 [groups, n].
+    """Computes the advantage of each row in its group (GRPO), float32 [groups, n].
 
-    It is the reward minus the mean of its group. Every token of a row's loss mask has the row's advantage.
+    It is the reward minus the mean reward of its group. Every token of a row's loss mask has the row's advantage.
 
     Args:
         rewards: [groups, n].
-        baseline: `leave_one_out` subtracts the mean of the others of the group (RLOO, arXiv:2402.14740, §2.3).
-        scale_by_std: whether to divide by the sample deviation of the group + `eps`, as GRPO does; Pixel Reasoner does not.
-        eps: added to the deviation.
+        baseline: `leave_one_out` subtracts the mean of the other rows of the group (RLOO, arXiv:2402.14740, §2.3).
+        scale_by_std: whether to divide by the sample standard deviation of the group + `eps`, as GRPO does; Pixel Reasoner
+            does not.
+        eps: added to the standard deviation.
     """
     rewards = np.asarray(rewards, np.float32)
     n = rewards.shape[1]
@@ -38,19 +39,19 @@ def group_advantage(
 
 
 def nonzero_variance(rewards: np.ndarray, *, threshold: float = 0.01) -> np.ndarray:
-    """Which groups of rewards [groups, n] differ, bool [groups]: mean |r - mean r| is at least `threshold`.
+    """Says of each group of rewards [groups, n] whether they differ: mean |r - mean r| >= `threshold`, bool [groups].
 
-    All advantages of another group are zero or near it, so that nothing is learned from it.
+    In all other groups the advantages are zero or nearly so, and nothing is learned from them.
     """
     rewards = np.asarray(rewards, np.float32)
     return np.abs(rewards - rewards.mean(axis=1, keepdims=True)).mean(axis=1) >= threshold
 
 
-OVERLONG = 4096 / 20_480  # share of the longest response over which DAPO's punishment grows
+OVERLONG = 4096 / 20_480  # share of the longest response's tokens over which DAPO's penalty grows
 
 
 def algorithm(name: str, *, longest: int) -> dict[str, Any]:
-    """The settings of `RLConfig`, nested as in a config file, that make it the algorithm called `name`.
+    """Returns the settings of `RLConfig` for the algorithm called `name`, nested as in a config file.
 
     Args:
         name: of the algorithm.

@@ -1,8 +1,8 @@
-"""Finds the answer that a response gives, and compares answers (Pixel Reasoner's `rule_reward`, mended).
+"""Finds the answer that a response gives, and compares answers (Pixel Reasoner's `rule_reward` without its faults).
 
-What counts as right is what a person would say; the released scorer is a rule of its own (`released_scorer.py`). Strings are
-compared first, then numbers, then formulas (`algebra.py`): thousands of rows are scored in a step, and sympy takes milliseconds
-for each. Counts in words and ANLS are here too; `choices.py` has multiple choice, and `scorers.py` names the rules.
+Answers are compared as a person would; the released scorer is another rule (`released_scorer.py`). Strings are compared first,
+then numbers, and formulas last (`algebra.py`), because thousands of rows are scored in a step, and sympy takes milliseconds for
+each. Counts in words and ANLS are here, too; `choices.py` has multiple choice, and `scorers.py` names the rules.
 """
 
 import ast
@@ -14,9 +14,9 @@ from fractions import Fraction
 
 from pixel_jax.training import algebra
 
-# A minus directly after a word or a number is a hyphen, as in "3-4 dogs", and no sign.
+# A minus directly after a word or a number is a hyphen, as in "3-4 dogs", and not a sign.
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
-WRITTEN = re.compile(rf"{NUMBER.pattern}(?:[/:]\d+)*")  # a fraction, a time, a score or a date is one thing
+WRITTEN = re.compile(rf"{NUMBER.pattern}(?:[/:]\d+)*")  # a fraction, a time, a score or a date is one match
 FRACTION = re.compile(r"([-+]?)(?:(\d{1,9})\s+)?(\d{1,20})\s*/\s*(\d{1,20})")
 TAG = re.compile("<(/?)answer>", re.IGNORECASE)
 THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.IGNORECASE | re.DOTALL)
@@ -28,9 +28,9 @@ LONGEST_NUMBER = 200  # characters of an answer in which a count is looked for
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{...}`, braces nested to any depth; None when there is none."""
+    r"""The content of the last complete `\boxed{...}`, with braces nested to any depth; None if there is none."""
     closing, open_braces = {}, []
-    for brace in BRACE.finditer(text):  # one pass: a response of nothing but boxes costs no more than another
+    for brace in BRACE.finditer(text):  # one pass, so that a response full of boxes costs no more than another
         if brace.group() == "{":
             open_braces.append(brace.start())
         elif open_braces:
@@ -44,7 +44,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def references_of(answer: str | Sequence[str]) -> list[str]:
-    r"""The references that a data row accepts: strings, each possibly within \boxed{} and possibly a list literal of several."""
+    r"""Reads the references of a data row: strings, each possibly within \boxed{} and possibly a list literal of several."""
     references = []
     for item in [answer] if isinstance(answer, str) else answer:
         boxed = last_boxed(item)
@@ -62,7 +62,7 @@ def references_of(answer: str | Sequence[str]) -> list[str]:
 
 
 def without_thoughts(response: str) -> str:
-    """`response` without what is within <think>, which the prompt may have opened and a limit may have left open."""
+    """Removes thoughts within <think> from a response; the opening tag may be in the prompt, and the closing one missing."""
     return re.split("</think>", THOUGHTS.sub("", response), flags=re.IGNORECASE)[-1]
 
 
@@ -91,7 +91,7 @@ def last_tagged(text: str) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """`text` without the LaTeX, quotes, emphasis, units and brackets that do not change what an answer says."""
+    """Removes LaTeX, quotes, emphasis, units and brackets that do not change the meaning of an answer."""
     text = unicodedata.normalize("NFC", text).translate(FULL_WIDTH).strip()
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\\(?:text|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|boldsymbol)\s*\{([^{}]*)\}", r"\1", text)
@@ -109,16 +109,16 @@ def tidy(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """`text` tidied and in lower case: "(A)" is "a"."""
+    """Returns `text` tidied and in lower case; "(A)" becomes "a"."""
     text = unicodedata.normalize("NFC", tidy(text).lower())
     single = re.fullmatch(r"\(\s*([a-z0-9])\s*\)", text)
     return single.group(1) if single else text
 
 
 def number_of(text: str) -> tuple[Fraction, bool] | None:
-    """A plain number or fraction (also "1 1/2"), and whether it is a percentage; None for anything else.
+    """Reads a plain number or fraction (also "1 1/2"), and whether it is a percentage; None for any other text.
 
-    A fraction is in lowest terms: 24/12 is a date or a score.
+    A fraction must be in lowest terms, because 24/12 may be a date or a score.
     """
     if parts := FRACTION.fullmatch(text):
         whole, above, below = (int(x or 0) for x in parts.groups()[1:])
@@ -133,7 +133,7 @@ def number_of(text: str) -> tuple[Fraction, bool] | None:
 
 
 def equal(answer: str, reference: str) -> bool:
-    """Whether two answers (contents of a box) say the same. Case does not matter; 35 %, 35 and 0.35 answer "35%"."""
+    """Whether two answers (contents of a box) mean the same. Case is ignored; 35 %, 35 and 0.35 all equal "35%"."""
     written = (tidy(answer), tidy(reference))
     answer, reference = normalise(answer), normalise(reference)
     if answer == reference:
@@ -153,8 +153,8 @@ def equal(answer: str, reference: str) -> bool:
 def same_spans(answer: str, spans: Sequence[str]) -> bool:
     """Whether `answer` lists all `spans`, in any order, and nothing else.
 
-    So a list of everything that could be right is no answer, and "1/2" does not answer "1, 2". (The released code, which looks
-    for the spans as substrings, accepts both.)
+    A list of everything that could be right is therefore wrong, and so is "1/2" for "1, 2". (The released code, which looks for
+    the spans as substrings, accepts both.)
     """
     if bracketed := re.fullmatch(r"\(([^()]*)\)|\\?\{([^{}]*?)\\?\}", answer):
         answer = bracketed[1] or bracketed[2] or ""
@@ -167,15 +167,15 @@ def same_spans(answer: str, spans: Sequence[str]) -> bool:
 
 
 def by_rule(response: str, references: Sequence[str]) -> float | None:
-    """1 if `response` (all that the model wrote) answers right, 0 if wrong, None if it holds no answer at all.
+    """Scores a response (all that the model wrote): 1 if its answer is right, 0 if it is wrong, None if it has no answer.
 
-    The answer is that of `given_answer`. Without one it is the last number outside of <think>, as math-verify takes it; if there
-    is none, or an <answer> was cut off, there is no answer.
+    The answer is that of `given_answer`, or else the last number outside of <think>, as math-verify takes it. Without a number,
+    or if an <answer> was cut off, there is no answer.
     """
     answer = given_answer(response)
     if answer is None:
-        said = without_thoughts(response)
-        numbers = [] if TAG.search(said) else WRITTEN.findall(said)
+        spoken = without_thoughts(response)
+        numbers = [] if TAG.search(spoken) else WRITTEN.findall(spoken)
         if not numbers:
             return None
         answer = numbers[-1]
@@ -184,7 +184,7 @@ def by_rule(response: str, references: Sequence[str]) -> float | None:
 
 
 def correctness(response: str, answer: str | Sequence[str], *, unparsable: float = 0.0) -> float:
-    """The score of `by_rule`, or `unparsable` where there is no answer: 0 by default, -1 in the released code."""
+    """The score of `by_rule`, or `unparsable` if there is no answer: 0 by default, -1 in the released code."""
     score = by_rule(response, references_of(answer))
     return float(unparsable) if score is None else score
 
@@ -204,15 +204,15 @@ TOKEN = re.compile(rf"{NUMBER.pattern}|[a-z]+")
 
 
 def numbers_in(text: str) -> list[Fraction]:
-    """Every number of a text, in digits or in English words ("twenty-one", "two hundred and five"), in order."""
-    found: list[Fraction] = []
-    # Of a number in words: the thousands, what is below them, and the limit of what may still be added to that.
+    """Finds all numbers of a text, in digits or in English words ("twenty-one", "two hundred and five"), in order."""
+    numbers: list[Fraction] = []
+    # A number in words so far: its thousands, the part below them, and the limit below which a further word may be added.
     thousands, below, limit = 0, None, 100
 
     def close() -> None:
         nonlocal thousands, below, limit
         if below is not None:
-            found.append(Fraction(thousands + below))
+            numbers.append(Fraction(thousands + below))
         thousands, below, limit = 0, None, 100
 
     text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text.lower())
@@ -232,13 +232,13 @@ def numbers_in(text: str) -> list[Fraction]:
         elif token != "and" or below is None:
             close()
             if token[-1].isdigit():
-                found.append(Fraction(token.replace(",", "")))
+                numbers.append(Fraction(token.replace(",", "")))
     close()
-    return found
+    return numbers
 
 
 def same_number(answer: str, reference: str) -> bool:
-    """Whether the only number of `answer`, in digits or words ("three", "3 dogs"), is the number that `reference` is."""
+    """Whether `answer` has a single number, in digits or words ("three", "3 dogs"), and it equals that of `reference`."""
     wanted = numbers_in(normalise(reference))
     if len(wanted) != 1 or len(answer) > LONGEST_NUMBER:
         return False
@@ -246,9 +246,9 @@ def same_number(answer: str, reference: str) -> bool:
 
 
 def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one answer (DocVQA, InfographicVQA): in [0, 1].
+    """The normalised Levenshtein similarity of an answer with the nearest reference (ANLS of DocVQA, InfographicVQA), in [0, 1].
 
-    1 - distance / longer length, without case and extra spaces; below `threshold` it is 0; the best reference counts.
+    It is 1 - distance / length of the longer text, ignoring case and extra spaces, and 0 below `threshold`.
     """
     from rapidfuzz.distance import Levenshtein
 

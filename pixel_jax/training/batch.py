@@ -1,4 +1,4 @@
-"""The batches of training steps: trajectories with an advantage and a weight for each row, and packing of several to a row."""
+"""The batches of training steps: trajectories with an advantage and a weight for each row; and packing of rows."""
 
 import dataclasses
 from typing import Generic, NamedTuple, TypeVar
@@ -17,23 +17,24 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple, Generic[Shown]):
-    """R rows. On the host they are NumPy arrays; in a step they are traced, with pixels: a `Batch[Visual]`."""
+    """A batch of R rows: NumPy arrays on the host; in a step traced arrays with pixels, a `Batch[Visual]`."""
 
     tokens: AnyArray  # int32 [R, L]
     valid: AnyArray  # bool [R, L]
     loss_mask: AnyArray  # bool [R, L], the tokens that carry loss
-    logprobs: AnyArray  # float32 [R, L], the sampler's
+    logprobs: AnyArray  # float32 [R, L], by the sampler
     old_logprobs: AnyArray  # float32 [R, L], the denominator of the policy ratio
     visual: Shown | None  # None: text only
     advantage: AnyArray  # float32 [R]; in packed rows [R, L], of each token's trace
     weight: AnyArray  # float32 [R]; 0 marks a row of padding
-    segments: AnyArray | None = None  # int32 [R, L], the number of each token's trace in a packed row; None: one a row
+    # int32 [R, L], the number of each token's trace in its packed row; None: every row holds one trace.
+    segments: AnyArray | None = None
 
 
 def from_trajectories(
     trajectories: Trajectories[Shown], advantage: AnyArray | None = None, old_logprobs: AnyArray | None = None
 ) -> Batch[Shown]:
-    """The batch of `trajectories`. By default advantages are zero, and `old_logprobs` are the sampler's."""
+    """Makes the batch of `trajectories`. By default advantages are zero, and `old_logprobs` are the sampler's."""
     rows = trajectories.tokens.shape[0]
     return Batch(
         tokens=trajectories.tokens,
@@ -48,32 +49,32 @@ def from_trajectories(
 
 
 class Rows(NamedTuple):
-    """R rows on the host without their pixels, which are cut from the images when the rows are trained on."""
+    """R rows on the host without their pixels, which are computed from the images when the rows are trained on."""
 
     batch: Batch[VisualRecord]
     images: np.ndarray  # `Images` [R], of each row's prompt
 
 
 def take(rows: T, which: int | slice | np.ndarray) -> T:
-    """The rows `which` (a number, numbers or a slice) of a `Batch` or of `Rows`."""
+    """Selects rows of a `Batch` or of `Rows` by an index, indices or a slice."""
     return jax.tree.map(lambda x: x[which], rows)
 
 
 def pad_rows(batch: Batch, rows: int) -> Batch:
-    """Fills a host batch up to `rows` rows with copies of its first row that weigh nothing."""
-    have = batch.tokens.shape[0]
-    if not 0 < have <= rows:
-        raise ValueError(f"cannot pad {have} rows to {rows}")
+    """Fills a host batch up to `rows` rows with copies of its first row of weight 0."""
+    count = batch.tokens.shape[0]
+    if not 0 < count <= rows:
+        raise ValueError(f"cannot pad {count} rows to {rows}")
     index = np.arange(rows)
-    padded = take(batch, np.where(index < have, index, 0))
-    return padded._replace(weight=np.where(index < have, padded.weight, 0).astype(np.float32))
+    padded = take(batch, np.where(index < count, index, 0))
+    return padded._replace(weight=np.where(index < count, padded.weight, 0).astype(np.float32))
 
 
 def first_fit(sizes: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
     """Packs items of `sizes` [n, k] into bins of `capacity` [k]: the largest first, each into the first bin that it fits.
 
     Returns:
-        The numbers of the items in each bin.
+        The indices of the items in each bin.
     """
     bins: list[list[int]] = []
     free = np.zeros((len(sizes), len(capacity)), sizes.dtype)
@@ -105,7 +106,7 @@ class PackingConfig:
 def pack_rows(batch: Batch, config: PackingConfig) -> Batch:
     """Packs rows to the shape that `config` declares, with rows of padding."""
     packed = pack(batch, length=config.length, slices=config.slices, frames=2 * config.slices)
-    most = int(all_gather(len(packed.tokens)).max())  # all processes run one program
+    most = int(all_gather(len(packed.tokens)).max())  # the shape must be the same in all processes
     return pad_rows(packed, config.rows * -(-most // config.rows))
 
 
@@ -114,14 +115,14 @@ def pack(
 ) -> Batch:
     """Packs host rows into fewer rows.
 
-    `segments` has the number of each token's trace in its packed row. Traces do not attend to each other, so every token has the
-    log-probability that it has in a row of its own.
+    `segments` has the number of each token's trace in its packed row. Traces do not attend to each other, so that every token
+    has the same log-probability as in an unpacked row.
 
     Args:
         batch: on the host, with its pixels.
-        length: tokens of a packed row; None: the most that a row has, rounded up to a multiple of 8.
-        slices: temporal slices of a packed row; None: the most that a row has.
-        frames: frames of patches of a packed row; None: the most that one has.
+        length: tokens of a packed row; None: those of the longest row, rounded up to a multiple of 8.
+        slices: temporal slices of a packed row; None: the most that any row has.
+        frames: frames of patches of a packed row; None: the most that any packed row uses.
 
     Raises:
         ValueError: a row does not fit, or has a weight other than 1 (rows of padding are left out before packing).
@@ -164,18 +165,23 @@ def pack(
         segments=segments,
     )
     for i, rows in enumerate(bins):
-        at = frame = first_slice = item = 0
+        position = frame = first_slice = item = 0
         for segment, row in enumerate(rows):
             valid = batch.valid[row]
-            to = slice(at, at + int(valid.sum()))
+            to = slice(position, position + int(valid.sum()))
             for name in ("tokens", "loss_mask", "logprobs", "old_logprobs"):
                 getattr(packed, name)[i, to] = getattr(batch, name)[row, valid]
             packed.valid[i, to], segments[i, to], packed.advantage[i, to] = True, segment, batch.advantage[row]
-            own = visual.slices[row, shown[row]]
-            pixels.slices[i, first_slice : first_slice + len(own)] = own + frame
+            row_slices = visual.slices[row, shown[row]]
+            pixels.slices[i, first_slice : first_slice + len(row_slices)] = row_slices + frame
             pixels.patches[i, frame : frame + used[row]] = visual.patches[row, : used[row]]
             grids = visual.grids[row, items[row]]
             pixels.grids[i, item : item + len(grids)] = grids
             pixels.seconds[i, item : item + len(grids)] = visual.seconds[row, items[row]]
-            at, frame, first_slice, item = to.stop, frame + used[row], first_slice + len(own), item + len(grids)
+            position, frame, first_slice, item = (
+                to.stop,
+                frame + used[row],
+                first_slice + len(row_slices),
+                item + len(grids),
+            )
     return packed

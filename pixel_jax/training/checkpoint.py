@@ -1,10 +1,9 @@
-"""Checkpoints of everything that a run needs to go on as if it had never stopped: Orbax arrays, and a file of each process.
+"""Checkpoints of all that a run needs to resume as if it had never stopped: Orbax arrays, and a file for each process.
 
-A checkpoint appears under its name only when it is complete (Orbax writes elsewhere and renames), so a process may be
-killed at any moment. Writing goes on while the run does; once it is done, sizes and checksums of the files are noted, and
-a checkpoint whose files have changed since is moved aside, and the one before it is read. Arrays are stored under the paths
-of their weights and restored onto whatever mesh, and by however many processes. Frozen weights are not stored: a fingerprint
-says which they were.
+A checkpoint appears under its name only when it is complete (Orbax writes elsewhere and renames), so that a process may be killed
+at any moment. Files are written while the run goes on; then their sizes and checksums are written. A checkpoint whose files
+differ from these is quarantined, and the one before it is read. Arrays are stored under the paths of their weights, and can be
+restored onto any mesh by any number of processes. Frozen weights are not stored, but a fingerprint identifies them.
 """
 
 import contextlib
@@ -40,35 +39,35 @@ class WriteError(OSError):
 
 
 class CheckpointError(ValueError):
-    """A checkpoint does not fit what it is restored into. The message names the arrays."""
+    """A checkpoint that differs from the state it is restored into. The message names the arrays."""
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """path -> array (or abstract array) of every leaf of `tree`; a weight goes by the path of its variable."""
+    """Returns {path: array (or abstract array)} of every leaf of `tree`; a weight has the path of its variable."""
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]
     named = ((jax.tree_util.keystr(path, simple=True, separator="."), value_of(leaf)) for path, leaf in leaves)
     return {name: value for name, value in named if value is not None}
 
 
 def fingerprint(tree: Any) -> dict[str, str]:
-    """path -> two checksums of the bits of every array, the same on every mesh."""
+    """Returns {path: two checksums of the array's bits}, which are the same on every mesh."""
     sums = {name: _sums(x) for name, x in named_arrays(tree).items()}
     return {name: "".join(f"{int(x):08x}" for x in both) for name, both in jax.device_get(sums).items()}
 
 
 @jax.jit
 def _sums(x: jax.Array) -> jax.Array:
-    """Sum and position-weighted sum of the words of `x`, modulo 2^32: whole numbers, so the order does not matter."""
+    """Sum and position-weighted sum of the words of `x`, modulo 2^32: of integers, so that the order does not matter."""
     words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):  # not flattened: sharded dimensions stay where they are
+    for axis in reversed(range(words.ndim)):  # not flattened, so that sharded axes keep their sharding
         position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
     return jnp.stack([jnp.sum(words), jnp.sum(words * (2 * position + 1))])
 
 
 def separate(value: Any, arrays: dict[str, np.ndarray], path: str) -> Any:
-    """`value` (nested dicts and lists of JSON values and NumPy arrays) with its arrays moved to `arrays`."""
+    """Moves the arrays of `value` (nested dicts and lists of JSON values and NumPy arrays) to `arrays`; returns the rest."""
     if isinstance(value, np.ndarray):
         if value.size == 0:
             return {EMPTY: [value.dtype.str, list(value.shape)]}
@@ -109,7 +108,7 @@ class HostHandler(ocp.CheckpointHandler):
         write_file(f"{name}.json", json.dumps(args.document))
 
     def restore(self, directory, args: "HostRestore") -> list[dict[str, Any]]:
-        """Reads the documents of all the processes that wrote, in order, with their arrays."""
+        """Reads the documents of all processes that saved, in order, with their arrays."""
         # Not `read_json`: the state of a generator is an integer of 128 bits.
         paths = pathlib.Path(directory).glob("*.json")
         documents = {int(path.stem): json.loads(read_bytes(path)) for path in paths}
@@ -126,7 +125,7 @@ class HostHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(HostHandler, for_save=True)
 @dataclasses.dataclass
 class HostSave(ocp.args.CheckpointArgs):
-    """What a process saves: a JSON document, and the arrays that it names."""
+    """The data that a process saves: a JSON document, and the arrays that it names."""
 
     document: dict[str, Any]
     arrays: dict[str, np.ndarray]
@@ -135,11 +134,11 @@ class HostSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(HostHandler, for_restore=True)
 @dataclasses.dataclass
 class HostRestore(ocp.args.CheckpointArgs):
-    """Asks for the documents of all processes."""
+    """The arguments of a restore, of which there are none: the documents of all processes are read."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     step: int
     state: Any
@@ -148,7 +147,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `directory`; the last `keep` of them stay (None: all). All processes call all methods."""
+    """The checkpoints of a run in `directory`, of which the last `keep` are kept (None: all).
+
+    All processes must call its methods together.
+    """
 
     def __init__(self, directory: str | os.PathLike, *, keep: int | None = 2):
         self.directory = pathlib.Path(directory).absolute()
@@ -156,11 +158,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "host": HostHandler()}
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        # Each process reads by itself: after a read the manager waits for all processes, for ever if one of them meets damage.
+        # Each process reads on its own: the manager would wait for all processes after a read, forever if one finds damage.
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         self.reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers), multiprocessing_options=alone)
-        self.unnoted: int | None = None  # the step that was saved last, until the checksums of its files are noted
+        self.unnoted: int | None = None  # the step that was saved last, until the checksums of its files are written
 
     @property
     def steps(self) -> list[int]:
@@ -186,11 +188,11 @@ class Checkpoints:
             step: the number of steps done.
             state: any pytree of arrays.
             host: nested dicts of JSON values and NumPy arrays (iterators, buffers), the same in all processes.
-            local: as `host`, of each process its own.
-            base: the `fingerprint` of what is not saved.
+            local: like `host`, but different in each process.
+            base: the `fingerprint` of the weights that are not saved.
 
         Raises:
-            WriteError: it cannot be written.
+            WriteError: the checkpoint cannot be written.
         """
         arrays: dict[str, np.ndarray] = {}
         named = named_arrays(state)
@@ -203,10 +205,10 @@ class Checkpoints:
         }
         document["arrays"] = sorted(arrays)
         if jax.default_backend() == "cpu":
-            # A snapshot may share memory with the arrays, and the next step is about to donate them.
+            # On CPUs a snapshot may share memory with the arrays, which the next step donates.
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
-        if is_main_process():  # notes about an earlier checkpoint of this name
+        if is_main_process():  # removes the checksums of an earlier checkpoint of this step
             for stale in self.checksums.glob(f"{step}.*.json"):
                 stale.unlink()
         items = {"state": ocp.args.StandardSave(named), "host": HostSave(document, arrays)}
@@ -215,12 +217,12 @@ class Checkpoints:
         self.unnoted = step
 
     def poll(self) -> None:
-        """Notes the checksums of the last checkpoint once it is written. It costs nothing otherwise: call it often."""
+        """Writes the checksums of the last checkpoint if its files are complete. It is cheap, and meant to be called often."""
         if self.unnoted is not None and not self.manager.is_saving_in_progress():
             self.finish()
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is written, and notes the checksums of its files."""
+        """Waits until the last checkpoint is written, and writes the checksums of its files."""
         if self.unnoted is None:
             return
         step, self.unnoted = self.unnoted, None
@@ -231,48 +233,48 @@ class Checkpoints:
             path = self.checksums / f"{step}.{jax.process_index()}.json"
             write_json(path, {"processes": jax.process_count(), "files": files})
         if is_main_process():
-            kept = {str(step) for step in self.manager.all_steps()}
+            existing = {str(step) for step in self.manager.all_steps()}
             for old in self.checksums.glob("*.json"):
-                if old.name.split(".")[0] not in kept:
+                if old.name.split(".")[0] not in existing:
                     old.unlink()
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Turns Orbax's errors, as of a full disk, into a `WriteError` that names the newest whole checkpoint."""
+        """Turns Orbax's errors, such as a full disk, into a `WriteError` that names the newest whole checkpoint."""
         try:
             yield
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            left = [other for other in self.manager.all_steps(read=True) if other != step]
+            others = [other for other in self.manager.all_steps(read=True) if other != step]
             raise WriteError(
                 f"checkpoint {step} cannot be written to {self.directory} ({reason}). The newest whole one is "
-                f"{max(left) if left else 'none'}; started again, the run goes on from there"
+                f"{max(others) if others else 'none'}; started again, the run goes on from there"
             ) from error
 
     def _files(self, step: int) -> list[tuple[str, pathlib.Path]]:
-        """The files of a checkpoint whose checksums this process notes, by name."""
+        """(name, path) of the files of a checkpoint whose checksums this process computes."""
         root = self.directory / str(step)
         files = sorted(path for path in root.rglob("*") if path.is_file())
         return [(str(path.relative_to(root)), path) for path in files[jax.process_index() :: jax.process_count()]]
 
     def _noted(self, step: int) -> list[dict[str, Any]]:
-        """The notes about a checkpoint's files, of all the processes that wrote it, of some, or of none."""
+        """Reads the checksums of a checkpoint: those of all processes that saved it, or of fewer if they were killed."""
         return [note for path in self.checksums.glob(f"{step}.*.json") if (note := read_note(path, _is_checksum))]
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint; None if nothing is, or nothing was noted about them."""
-        noted = {name: sums for note in self._noted(step) for name, sums in note["files"].items()}
-        for name in sorted(noted)[jax.process_index() :: jax.process_count()]:
+        """Describes what is wrong with the files of a checkpoint; None if nothing is, or if there are no checksums."""
+        checksums = {name: sums for note in self._noted(step) for name, sums in note["files"].items()}
+        for name in sorted(checksums)[jax.process_index() :: jax.process_count()]:
             path = self.directory / str(step) / name
             if not path.is_file():
                 return f"{name} is missing"
-            if checksum(path) != noted[name]:
+            if checksum(path) != checksums[name]:
                 return f"{name} is not what was written"
         return None
 
     def _is_whole(self, step: int, reason: str | None) -> bool:
-        """Whether no process has a `reason` against a checkpoint; else it is moved aside. All processes call it."""
-        barrier(f"checkpoint {step} is checked")  # which takes some processes longer than others
+        """Whether no process gives a `reason` against a checkpoint; otherwise it is quarantined. All processes call it."""
+        barrier(f"checkpoint {step} is checked")  # checking takes some processes longer than others
         whole = all_gather(reason is None)
         if not whole.all():
             self.quarantine(step, reason or f"says process {int(np.argmin(whole))}")
@@ -296,20 +298,20 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole, or that of `step`.
 
         Args:
-            like: the structure, shapes and types of the state; abstract arrays will do.
-            mesh: that weights are placed on by their logical axes; None: one device.
+            like: the structure, shapes and types of the state, as arrays or abstract arrays.
+            mesh: weights are sharded over it by their logical axes; None: one device.
             step: of the checkpoint; None: the newest.
-            base: the `fingerprint` of what the checkpoint does not hold.
+            base: the `fingerprint` of the weights that the checkpoint does not hold.
 
         Raises:
-            FileNotFoundError: no checkpoint is left.
-            CheckpointError: it is of other arrays.
+            FileNotFoundError: there is no whole checkpoint.
+            CheckpointError: the checkpoint holds other arrays.
         """
         self.finish()
         if step is not None:
             return self._read(step, like, mesh, base)
         while (step := self.latest) is not None:
-            restored = None  # frees the memory of a damaged one
+            restored = None  # frees the memory of a damaged checkpoint
             if not self._is_whole(step, self.damage(step)):
                 continue
             reason = None
@@ -320,8 +322,8 @@ class Checkpoints:
             except Exception as error:
                 noted = self._noted(step)
                 if noted and len(noted) == noted[0]["processes"]:
-                    raise  # every file is what was written: something else is wrong
-                # The run was killed before all checksums were noted: only reading shows the damage.
+                    raise  # all checksums are right, so that the error is not damage
+                # The run was killed before all checksums were written, and only reading shows the damage.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if self._is_whole(step, reason) and restored is not None:
                 return restored
@@ -331,7 +333,7 @@ class Checkpoints:
         """Restores the arrays of a checkpoint that `like` names on one device. The others are not read.
 
         Raises:
-            CheckpointError: the arrays, or the frozen ones by `base`, are others there, or the files are damaged.
+            CheckpointError: the arrays differ from `like`, the frozen ones from `base`, or the files are damaged.
         """
         if (reason := self.damage(step)) is not None:
             raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged ({reason})")
@@ -339,7 +341,7 @@ class Checkpoints:
             return self._read_part(step, like, base)
         except CheckpointError:
             raise
-        except Exception as error:  # of any kind: files may be cut short before their checksums were noted
+        except Exception as error:  # of any kind: files without checksums may have been cut short
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise CheckpointError(f"{self.directory}: checkpoint {step} cannot be read ({reason})") from error
 
@@ -349,14 +351,14 @@ class Checkpoints:
         wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}
         self._compare(wanted, {name: x for name, x in document["leaves"].items() if name in wanted})
         self._compare(base, document["base"], "frozen ")
-        place = SingleDeviceSharding(jax.local_devices()[0])
-        item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), named_arrays(like))
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), named_arrays(like))
         restored = ocp.args.PyTreeRestore(
             item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(path / "state", args=restored)
-        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+            arrays = reader.restore(path / "state", args=restored)
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
     def _read(self, step: int, like: Any, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
         path = self.directory / str(step)
@@ -365,14 +367,14 @@ class Checkpoints:
         self._compare(wanted, documents[0]["leaves"])
         self._compare(dict(base or {}), documents[0]["base"], "frozen ")
         if mesh is None:
-            placed = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
+            sharding = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
         else:
-            placed = shardings(like, mesh)
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed)
+            sharding = shardings(like, mesh)
+        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, sharding)
         restored = ocp.args.StandardRestore(named_arrays(abstract))
-        found = self.reader.restore(path, args=ocp.args.Composite(state=restored)).state
+        arrays = self.reader.restore(path, args=ocp.args.Composite(state=restored)).state
         # Names and leaves are in the same order: a weight is one name and one leaf.
-        state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
+        state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
         return Restored(step, state, documents[0]["host"], [document["local"] for document in documents])
 
     def _compare(self, wanted: Mapping[str, Any], have: Mapping[str, Any], kind: str = "") -> None:
@@ -400,7 +402,7 @@ class Checkpoints:
         if error[0] is None:
             self.close()
         elif jax.process_count() == 1 or issubclass(error[0], SystemExit):
-            # It waits for what is being written; if other processes were gone, for ever.
+            # Closing waits for the write in progress, and forever if other processes have ended.
             self.manager.close()
 
 

@@ -8,9 +8,9 @@ from pixel_jax.training.answers import normalise, tidy
 IN_PARENTHESES = re.compile(r"\(([A-Z])\)[ \t]*([^\n]*?)[ \t]*(?=\([A-Z]\)|\n|$)")
 ON_LINES = re.compile(r"^[ \t]*([A-Z])[.:)][ \t]*(\S[^\n]*)$", re.MULTILINE)
 PLACEHOLDER = re.compile(r"(?:<[^<>]*>\s*)*")  # where an option is a picture
-LONGEST = 300  # characters of an answer that can name a choice otherwise than by its text
+LONGEST = 300  # characters of an answer that may name a choice by its letter
 
-# "The correct answer is", "Answer:", "option", in English and Chinese; what may stand before a choice and says nothing else.
+# Words before a choice that carry no meaning: "The correct answer is", "Answer:", "option", in English and Chinese.
 LEAD = re.compile(
     r"\s*(?:(?:so|thus|therefore|hence)\b[,\s]*)?"
     r"(?:(?:the\s+|my\s+)?(?:(?:correct|right|best|final)\s+)?(?:answer|option|choice)\b(?:\s+is\b)?\s*[:=]?"
@@ -22,9 +22,9 @@ CLAIMED = re.compile(r"(?:is|would be)\s+(?:the\s+)?(?:correct|right|best|answer
 
 
 def choices_of(question: str) -> dict[str, str]:
-    """The options of a multiple-choice question, normalised: {"a": "rubber", ...}; empty where there are not at least two.
+    """Reads the options of a multiple-choice question, normalised: {"a": "rubber", ...}; empty unless there are two.
 
-    "(A) rubber" anywhere, or "A. rubber", "A: rubber", "A) rubber" on lines of their own; lettered from A on.
+    They are "(A) rubber" anywhere, or lines "A. rubber", "A: rubber" or "A) rubber", with letters from A on.
     """
     for options in (IN_PARENTHESES, ON_LINES):
         options_found = options.findall(question)
@@ -35,10 +35,10 @@ def choices_of(question: str) -> dict[str, str]:
 
 
 def letter_of(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The choice that `answer` (what a response gives as its answer) names: by its letter, by letter and text, or by its text.
+    """The letter of the choice that an answer names by letter, by letter and text, or by text.
 
-    Brackets, emphasis and words like "The answer is option" around it do not matter. Of options with the same text the
-    first one is meant. None where it names no choice, more than one, or a letter with another choice's text.
+    Brackets, emphasis and words like "The answer is option" around it are ignored. Of options with the same text the first is
+    meant. None if it names no choice, several choices, or a letter with another choice's text.
     """
     options = reversed(list(choices.items()))
     by_text = {text: letter for letter, text in options if not PLACEHOLDER.fullmatch(text)}
@@ -51,7 +51,7 @@ def letter_of(answer: str, choices: Mapping[str, str]) -> str | None:
 
 
 def _without_lead(answer: str) -> list[str]:
-    """`answer` without what may stand before a choice, if it begins with that."""
+    """[answer without leading words such as "The answer is"]; [] if it is too long to name a choice by its letter."""
     if len(answer) > LONGEST:
         return []
     text = re.sub(r"[*_`]+", "", tidy(answer))
@@ -65,34 +65,36 @@ def _by_letter(text: str, choices: Mapping[str, str]) -> str | None:
     if not match or (choices and match[1].lower() not in choices):
         return None
     letter, rest = match[1].lower(), match[2].strip()
-    said = normalise(rest)
-    if not said or CLAIMED.fullmatch(said) or choices.get(letter) == said:
+    description = normalise(rest)
+    if not description or CLAIMED.fullmatch(description) or choices.get(letter) == description:
         return letter
     if (
-        re.match(r"[A-Za-z]\s", tidy(text)) or said in choices.values()
+        re.match(r"[A-Za-z]\s", tidy(text)) or description in choices.values()
     ):  # "a lion" is no choice of A; "A. tiger" is neither
         return None
-    other = [
+    others = [
         x for x in re.findall(r"(?<![\w'’])(?:[B-HJ-Z]|[A-Z](?=[).:,]|\s*$))(?![\w'’])", rest) if x.lower() != letter
     ]
-    if re.fullmatch(r"[a-z]", said) or any(not choices or x.lower() in choices for x in other):  # "A, B": undecided
+    if re.fullmatch(r"[a-z]", description) or any(
+        not choices or x.lower() in choices for x in others
+    ):  # "A, B": undecided
         return None
     return letter
 
 
 def same_choice(answer: str, reference: str, choices: Mapping[str, str]) -> bool:
-    """Whether `answer` and `reference` name the same choice, each by letter, text or both; options of one text are one."""
-    wanted, given = letter_of(reference, choices), letter_of(answer, choices)
-    if wanted is None or given is None:
+    """Whether `answer` and `reference` name the same choice, each by letter, text or both; options of equal text are the same."""
+    wanted, chosen = letter_of(reference, choices), letter_of(answer, choices)
+    if wanted is None or chosen is None:
         return False
-    if wanted == given:
+    if wanted == chosen:
         return True
     text = choices.get(wanted, "")
-    return text == choices.get(given) and not PLACEHOLDER.fullmatch(text)
+    return text == choices.get(chosen) and not PLACEHOLDER.fullmatch(text)
 
 
 def stated_choice(response: str, choices: Mapping[str, str]) -> str | None:
-    """What a response without a box gives as its choice: all of it if it names one, or a last sentence "the answer is ..."."""
+    """The choice of a response without a box: the whole text if it names a choice, or a last sentence "the answer is ..."."""
     response = response.strip()
     if letter_of(response, choices) is not None:
         return response

@@ -1,8 +1,8 @@
-"""The cost of a training step: its memory, by formula from its shapes, and its speed.
+"""The cost of a training step: its memory, estimated from its shapes, and its measured speed.
 
-Memory counts what grows with the rows: the inputs of the layers, which are kept for the backward pass; the arrays of a layer
-during its backward pass; and a chunk of logits. Attention counts as linear in the length, as it is wherever it is long
-(`pixel_jax.models.attention.chosen`).
+The memory of a row is that of the layers' inputs, which are kept for the backward pass, and of the arrays of one layer during its
+backward pass; a chunk of logits is added for all rows. Attention counts as linear in the length, because long rows use such an
+implementation (`pixel_jax.models.attention.chosen`).
 """
 
 import re
@@ -23,20 +23,20 @@ from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.training.batch import Batch
 
-LIVE = (12, 6)  # arrays as wide as the model, and as its inner layer, that exist at a time in a layer's backward pass
-SCORES = 2  # arrays of attention's scores, float32
-LOGITS = 3  # arrays of logits: they, their softmax and its gradient
+LIVE = (12, 6)  # arrays of the model's width, and of its MLP's, that exist at once in a layer's backward pass
+SCORES = 2  # float32 arrays of attention scores that exist at once
+LOGITS = 3  # float32 arrays of logits: the logits, their softmax and its gradient
 
 
 def row_bytes(network: ModelConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True) -> int:
-    """The bytes that one row takes.
+    """Estimates the bytes of one row.
 
     Args:
-        network: its shapes.
+        network: the model's configuration.
         tokens: of the row.
         visual: (slices, patches of each slice) of the row.
         width: bytes of a number.
-        remat: whether the inputs of layers are kept and nothing else; False: all that their backward passes need.
+        remat: whether only the inputs of layers are kept; False: all that their backward passes need.
     """
     text, tower = network.text, network.vision
 
@@ -51,19 +51,19 @@ def row_bytes(network: ModelConfig, tokens: int, visual: tuple[int, int], *, wid
     scores = text.num_attention_heads * pairs(tokens)
     slices, patches = visual
     if tower is not None:
-        seen = layers(tower.hidden_size, tower.intermediate_size, tower.depth)
-        numbers += slices * patches * (seen + tower.patch_dim)
+        per_patch = layers(tower.hidden_size, tower.intermediate_size, tower.depth)
+        numbers += slices * patches * (per_patch + tower.patch_dim)
         scores += slices * tower.num_heads * pairs(patches)
     return width * numbers + 4 * SCORES * scores
 
 
 def pairs(length: int) -> int:
-    """The pairs of queries and keys whose scores exist at once."""
+    """The number of pairs of queries and keys whose scores exist at once."""
     return min(length**2, TILE[0] * TILE[1])
 
 
 def fixed_bytes(network: ModelConfig, logit_chunk: int) -> int:
-    """The bytes that a step takes whatever its rows: those of a chunk of logits."""
+    """Estimates the bytes of a step that do not depend on its rows: those of a chunk of logits."""
     return 4 * LOGITS * logit_chunk * network.text.vocab_size
 
 
@@ -79,12 +79,12 @@ def micro_batches(
     remat: bool,
     logit_chunk: int,
 ) -> int:
-    """The smallest number of turns in which the rows of a batch fit the memory of a device.
+    """The smallest number of micro-batches with which a batch fits into the memory of a device.
 
-    Where not even one row seems to fit, every row is a turn: the formula is careful, and the device may have enough after all.
+    If not even one row seems to fit, every row is a micro-batch: the estimate is cautious, and the row may fit after all.
 
     Args:
-        network: its shapes.
+        network: the model's configuration.
         rows: of the batch, split evenly over the mesh.
         tokens: of a row.
         visual: of the batch; None: text only.
@@ -94,16 +94,18 @@ def micro_batches(
         remat: as for `row_bytes`.
         logit_chunk: positions whose logits exist at once.
     """
-    own = rows // (1 if mesh is None else row_shards(mesh))
+    device_rows = rows // (1 if mesh is None else row_shards(mesh))
     shown = (0, 0) if visual is None else (visual.slices.shape[1], visual.patches.shape[2])
     shards = 1 if mesh is None else sequence_shards(mesh)
     row = row_bytes(network, tokens // shards, shown, width=width, remat=remat)
     at_once = max(1, (device_memory() - held - fixed_bytes(network, logit_chunk)) // row)
-    return next(turns for turns in range(1, own + 1) if own % turns == 0 and own // turns <= at_once)
+    return next(
+        turns for turns in range(1, device_rows + 1) if device_rows % turns == 0 and device_rows // turns <= at_once
+    )
 
 
 def bytes_of(tree: Any) -> int:
-    """The bytes of a tree of arrays, or of their shapes."""
+    """The bytes of a tree of arrays or abstract arrays."""
     return sum(
         int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype")
     )
@@ -112,8 +114,8 @@ def bytes_of(tree: Any) -> int:
 class Throughput:
     """Measures tokens a second, and the share of the hardware's peak that useful operations reach (MFU).
 
-    Useful are one forward and one backward pass over valid tokens and patches: padding, rows of weight 0, recomputation and the
-    forward passes that score are not. With several processes, each takes its own rows for the average.
+    Useful operations are one forward and one backward pass over valid tokens and patches; padding, rows of weight 0,
+    recomputation and scoring are not. Each process counts its own rows, and takes them for the average of all processes.
     """
 
     def __init__(self, model: Model, trainable: str, mesh: Mesh | None):
@@ -139,14 +141,14 @@ class Throughput:
         grids = grids * real[:, None, None]
         if batch.segments is None:
             lengths = valid.sum(axis=1)
-        else:  # traces of a packed row do not see each other
+        else:  # traces of a packed row do not attend to each other
             rows = np.arange(len(valid))[:, None] * valid.shape[1]
             lengths = np.bincount((rows + batch.segments)[valid])
         self.tokens += float(valid.sum())
         self.flops += float(sum(training_flops(self.config, row_work(lengths, grids, self.config), **self.options)))
 
     def metrics(self, seconds: float) -> dict[str, float]:
-        """The metrics of what was counted since the last call and took `seconds`. No `mfu` where the peak is unknown (CPU)."""
+        """The metrics of the rows counted since the last call, which took `seconds`. No `mfu` if the peak is unknown (CPU)."""
         processes = jax.process_count()
         metrics = {
             "tokens_per_second": self.tokens / seconds * processes,

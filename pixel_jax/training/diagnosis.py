@@ -1,6 +1,6 @@
-"""Diagnoses iterations of reinforcement learning in which nothing is learned, and says why in words.
+"""Diagnoses iterations of reinforcement learning in which nothing is learned, and names likely causes.
 
-A row is reinforced by how its reward differs from the others of its group: nothing is learned from groups of equal rewards.
+A row is reinforced by the difference of its reward from the others of its group: nothing is learned from groups of equal rewards.
 """
 
 from collections.abc import Mapping
@@ -12,22 +12,21 @@ from pixel_jax.terminal import warn
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.stages import Scored
 
-PATIENCE = (
-    3  # iterations in a row without anything learned, after which causes are named; then twice as many, and so on
-)
-MANY = 0.5  # a share from which on it is a cause
-FEW_ROWS = 4  # of a group
-COLD = 0.5  # a temperature at which rows of a group are much alike
+# The number of consecutive iterations without learning after which causes are named. It doubles with every warning.
+PATIENCE = 3
+MANY = 0.5  # a share above which it counts as a cause
+FEW_ROWS = 4  # groups of fewer rows seldom have different rewards
+COLD = 0.5  # a temperature below which the rows of a group are much alike
 
 
 def outcome_metrics(scored: Scored, shard: ProcessShard) -> dict[str, float]:
-    """The shares of an iteration by how its answers came out.
+    """Computes the shares of rows without an answer, and of groups of only right or only wrong answers.
 
-    Of rows: "unboxed", those that give no answer in a box or tag, where the rows' texts are known. Of groups, where answers are
-    scored: "all_right" and "all_wrong". With several processes, all call it; `shard` is this one's rows.
+    "unboxed" is the share of rows without an answer in a box or tag, if the rows' texts are known; "all_right" and "all_wrong"
+    are shares of groups, if answers are scored. All processes must call it together; `shard` is this process's rows.
     """
     metrics = {}
-    if scored.rows:  # a scoring of the user's own may leave them out
+    if scored.rows:  # a user's stage `score` may leave them out
         boxed = all_rows(np.array([given_answer(row.response) is not None for row in scored.rows]), shard)
         metrics["unboxed"] = float(np.mean(~boxed))
     if scored.correct is not None:
@@ -38,7 +37,7 @@ def outcome_metrics(scored: Scored, shard: ProcessShard) -> dict[str, float]:
 
 
 def remark(metrics: Mapping[str, float]) -> str:
-    """What the progress line says of an iteration beside its metrics: nothing, if rewards differ in any group."""
+    """The remark of the progress line about an iteration; empty if rewards differ in any group."""
     if metrics["nonzero_variance"] > 0:
         return ""
     kinds = {"all right": metrics.get("all_right", 0.0), "all wrong": metrics.get("all_wrong", 0.0)}
@@ -52,7 +51,7 @@ def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[
 
     Args:
         metrics: those of `outcome_metrics`, and "finished", the share of rows that ended with an answer.
-        rows: of a group.
+        rows: the number of rows of a group.
         temperature: of sampling.
     """
     reasons = []
@@ -80,7 +79,7 @@ def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[
 
 
 class Diagnosis:
-    """Remarks on iterations, and warns of several in a row from which nothing is learned."""
+    """Makes remarks on iterations, and warns of several consecutive ones from which nothing is learned."""
 
     def __init__(self, rows: int, temperature: float):
         self.rows, self.temperature = rows, temperature
@@ -88,8 +87,8 @@ class Diagnosis:
 
     def __call__(self, metrics: Mapping[str, float]) -> str:
         """The `remark` on an iteration."""
-        said = remark(metrics)
-        if not said:
+        comment = remark(metrics)
+        if not comment:
             self.without, self.next = 0, PATIENCE
             return ""
         self.without += 1
@@ -99,4 +98,4 @@ class Diagnosis:
             warn(
                 f"In {self.without} iterations in a row no group taught anything, so nothing is learned. Likely: {likely}."
             )
-        return said
+        return comment

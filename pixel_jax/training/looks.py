@@ -44,22 +44,22 @@ from pixel_jax.training.stages import Weighed
 from pixel_jax.training.state import Resharder, TrainState
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 
-SIDE = 640  # pixels, the longest side of a picture that is kept
-RIGHT = 0.5  # a score above it is right
+SIDE = 640  # pixels, the longest side of a picture in a transcript
+RIGHT = 0.5  # an answer with a higher score is right
 
 
 class Sampling(NamedTuple):
-    """What a rollout needs besides the model: vocabulary, tables, meshes and the function that rolls out."""
+    """The arguments of a rollout besides the model: vocabulary, tables, meshes and the function that rolls out."""
 
     vocabulary: Vocabulary
     tables: Tables
-    mesh: Mesh | None = None  # that they are trained on
-    rollout_mesh: Mesh | None = None  # that they answer on; None: the same
-    roll: Callable = rollout  # where tools run on the host, `HostRollouts`
+    mesh: Mesh | None = None  # of training
+    rollout_mesh: Mesh | None = None  # of rollouts; None: that of training
+    roll: Callable = rollout  # `HostRollouts` if tools run on the host
 
 
 class Answers(NamedTuple):
-    """The answers to some questions, a row each."""
+    """The answers to R questions, one row for each."""
 
     trajectories: Trajectories[VisualRecord]
     images: np.ndarray  # `Images` [R]
@@ -68,7 +68,7 @@ class Answers(NamedTuple):
 
 
 class Asker:
-    """Held-out questions, each answered once within `limits`, at the temperature of evaluation (`single_answer`)."""
+    """Asks held-out questions: each is answered once within `limits`, at the temperature of evaluation (`single_answer`)."""
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class Asker:
         """Prepares the questions.
 
         Args:
-            asked: questions that have an answer.
-            by: what the models answer with.
+            asked: questions that have a reference answer.
+            by: the arguments of rollouts.
             limits: of rollouts; the temperature is replaced by that of evaluation.
             scorer: of the answers.
             batch: questions answered together; rounded up to a multiple of the shards of the meshes and of the processes.
-            drawn: conversations that are returned, about the same questions each time.
+            drawn: number of conversations that are returned, about the same questions each time.
             seed: of sampling.
             dtype: of the weights while answering.
         """
@@ -102,8 +102,8 @@ class Asker:
         self.batch = -(-min(batch, len(self.asked)) // shards) * shards
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
-        """The metrics of the state's model, and some of its conversations."""
-        # Made anew for each look: it keeps frozen weights on the other mesh, whose memory is free between looks.
+        """Returns the metrics of the state's model, and some of its conversations."""
+        # A new one for each look: it holds frozen weights on the other mesh, and their memory has to be free between looks.
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
         rows, conversations = [], []
         for some in self._batches():
@@ -116,7 +116,7 @@ class Asker:
         return _metrics(np.concatenate(rows)), conversations
 
     def _batches(self) -> list[list[int]]:
-        """Questions that are answered together: of one shape, the last repeated to fill the batch."""
+        """Splits the questions into batches of one shape; the last question is repeated to fill a batch."""
         batches = []
         for shape in dict.fromkeys(x.shape for x in self.asked):
             indices = [i for i, x in enumerate(self.asked) if x.shape == shape]
@@ -147,7 +147,7 @@ class Asker:
         conversations = []
         for row, i in list(enumerate(mine))[: max(most, 0)]:
             example = self.asked[i].example
-            if i in mine[:row]:  # it fills the batch
+            if i in mine[:row]:  # a repetition that fills the batch
                 continue
             known: dict[str, Any] = {"answer": given_answer(texts[row]), "title": example.id}
             if example.answer:
@@ -162,7 +162,7 @@ class Asker:
 
 
 def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
-    """The text that the policy wrote in each row."""
+    """Decodes the text that the policy wrote in each row."""
     rows = zip(t.tokens, t.loss_mask, strict=True)
     return [vocabulary.to_bytes(tokens[loss_mask]).decode("utf-8", "replace") for tokens, loss_mask in rows]
 
@@ -205,23 +205,23 @@ def _metrics(rows: np.ndarray) -> dict[str, float]:
 
 
 class HeldOutLoss:
-    """The loss of tuning on the rows of held-out traces, in batches no larger than a micro-batch of training."""
+    """Computes the loss of SFT on held-out traces, in batches no larger than a micro-batch of training."""
 
     def __init__(
         self, packing: Packing, forward: ForwardConfig, normalizer: Normalizer, rows: int, mesh: Mesh | None = None
     ):
-        """`rows`: of a batch of training, of all processes together."""
+        """Compiles the step; `rows` is the number of rows of a training batch, of all processes together."""
         self.packing, self.mesh = packing, mesh
         self.normalizer: Normalizer = normalizer
         self.shard = process_shard(mesh)
         shards = 1 if mesh is None else row_shards(mesh)
         most = max(map(len, packing.order.packed(0)))
         self.rows = -(-min(rows // (forward.micro_batches or 1), most) // shards) * shards
-        turns = forward.micro_batches and 1  # None, by the memory, stays None
+        turns = forward.micro_batches and 1  # None stays None: it is then chosen by the memory
         self.score = make_score_step(dataclasses.replace(forward, micro_batches=turns), mesh=mesh)
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
-        """The loss of the state's model, and no conversations."""
+        """Returns the loss of the state's model, and no conversations."""
         sums = np.zeros(2)
         for bucket in self.packing.order.packed(0):
             for start in range(0, len(bucket), self.rows):
@@ -245,13 +245,13 @@ class HeldOutLoss:
 
 
 class Together:
-    """Several looks as one."""
+    """Makes several looks, and combines their results."""
 
     def __init__(self, *looks):
         self.looks = looks
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
-        """The metrics and conversations of all."""
+        """Returns the metrics and conversations of all looks."""
         metrics, conversations = {}, []
         for look in self.looks:
             numbers, traces = look(state)
@@ -265,13 +265,13 @@ def draw_rollouts(
 ) -> list[Transcript]:
     """Makes the conversations of some of this process's rows, with their rewards and advantages.
 
-    Training keeps no pixels: what the rows saw is cut out of the prompts' images again, on the host.
+    Training keeps no pixels: those that the rows saw are computed again from the prompts' images, on the host.
     """
     scored, collected = weighed.scored, weighed.scored.collected
-    questions, every = collected.questions, collected.trajectories
-    n, first_row = config.group_size, shard.index * len(every.stop)
+    questions, trajectories = collected.questions, collected.trajectories
+    n, first_row = config.group_size, shard.index * len(trajectories.stop)
     images = questions.prompts.images[np.asarray(rows) // n]
-    t = materialize_on_host(take_rows(every, np.asarray(rows)), images, questions.prompts.tables.tools, config)
+    t = materialize_on_host(take_rows(trajectories, np.asarray(rows)), images, questions.prompts.tables.tools, config)
     conversations = []
     for i, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
         example, at = questions.examples[row // n], divmod(first_row + row, n)

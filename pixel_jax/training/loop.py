@@ -1,4 +1,4 @@
-"""The loop that both phases share: steps, checkpoints, metrics, and an exact return to where a run was stopped."""
+"""The training loop of SFT and RL: steps, checkpoints, metrics, and exact resumption of a stopped run."""
 
 import contextlib
 import dataclasses
@@ -23,41 +23,41 @@ EARLY = "early_checkpoints"  # in the directory of a phase
 
 
 class Stateful(Protocol):
-    """An object on the host that moves on with the run: a data iterator (as Grain's), a generator."""
+    """An object on the host whose state changes during a run, such as a data iterator (like Grain's) or a generator."""
 
     def get_state(self) -> Any:
-        """The state, which must not change afterwards: it is written while the run goes on."""
+        """Returns the state. It must not change afterwards, because it is written while the run goes on."""
 
     def set_state(self, state: Any) -> None:
-        """Goes back to a state of `get_state`."""
+        """Restores a state of `get_state`."""
 
 
 class Local(Protocol):
-    """As `Stateful`, for an object that differs between processes."""
+    """A `Stateful` object that differs between processes."""
 
     def get_state(self) -> Any:
-        """The state of this process."""
+        """Returns the state of this process."""
 
     def set_state(self, *states: Any) -> None:
-        """Goes back to the states of all processes that saved, however many there are now."""
+        """Restores the states of all processes that saved; the number of processes may have changed."""
 
 
 class Observer(Protocol):
-    """A callable that the loop calls as a run proceeds; it changes nothing of the run."""
+    """A callable that the loop calls before the first step and after each; it must not change the run."""
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
-        """Is called with the state after `done` steps. `log` takes metrics; it is None where nothing is written."""
+        """Observes the state after `done` steps. `log` takes metrics; it is None in processes that write nothing."""
 
 
 class Timer:
-    """Times the laps of a step: `seconds_NAME` for each, and `seconds` for all."""
+    """Times the laps of a step, as the metrics `seconds_NAME` for each lap and `seconds` for all."""
 
     def __init__(self):
         self.began = self.last = time.monotonic()
         self.metrics: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Ends a lap: the time since the last one was spent on `name`."""
+        """Ends a lap, and adds the time since the lap before to that of `name`."""
         now = time.monotonic()
         key = f"seconds_{name}"
         self.metrics[key] = self.metrics.get(key, 0.0) + now - self.last
@@ -68,51 +68,51 @@ class Timer:
 class RunSteps:
     """The steps of a run.
 
-    A step may depend on the state, on its number and on the objects in `host` and `local`, whose states are saved, and on nothing
-    else: then a killed run that is started again ends with the same bits.
+    A step may depend only on the state, on its number and on the objects in `host` and `local`, whose states are saved. Then a
+    killed run that is started again ends with the same bits.
     """
 
     label: str
     steps: int
     step: Callable[[TrainState, int], tuple[TrainState, Mapping[str, float]]]
     host: Mapping[str, Stateful]  # the same in every process
-    local: Mapping[str, Local] = dataclasses.field(default_factory=dict)  # each process has its own
+    local: Mapping[str, Local] = dataclasses.field(default_factory=dict)  # different in each process
     shown: tuple[str, ...] = ("loss", "seconds")  # metrics that the terminal shows
-    # What the progress line says of a step beside its metrics.
+    # Makes the remark on the progress line from the metrics of a step.
     remark: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What tells a run from others: a directory that holds another run is refused (`pixel_jax.identity`)."""
+    """The identity of a run: a directory that holds a different run is refused (`pixel_jax.identity`)."""
 
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the run, and digests of data and model
-    resume_changed: bool = False  # whether the experiment may change from here on, which the run's history says
+    resume_changed: bool = False  # whether the settings may change from here on, which the run's history then records
 
     def with_settings(self, **settings: Any) -> "Identity":
         """The same run with further settings."""
         return dataclasses.replace(self, settings={**self.settings, **settings})
 
 
-ANYTHING = Identity()  # without settings: every run of the same steps is the same
+ANYTHING = Identity()  # without settings, so that no run is refused
 
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-    """Where a run is saved, and what of it."""
+    """The directory of a run, its checkpoints and its writers."""
 
     directory: str | os.PathLike | None = None  # None: nothing is written
     identity: Identity = ANYTHING
-    save_every: int = 1  # steps: a checkpoint
-    keep: int = 2  # checkpoints, the newest
-    # Steps from the start whose checkpoints stay, that of step 0 among them, in `EARLY`: a replay begins there. 0: none do.
+    save_every: int = 1  # steps between two checkpoints
+    keep: int = 2  # the number of newest checkpoints that are kept
+    # The last step of which a checkpoint is kept for good in `EARLY`, from step 0 on, so that a replay can begin there. 0: none.
     early: int = 0
     writers: tuple[WriterName, ...] = ()  # of metrics, besides `metrics.jsonl`
-    mesh: Mesh | None = None  # where restored arrays lie
+    mesh: Mesh | None = None  # of restored arrays; None: one device
 
 
 class Loop:
-    """One run: `restore`, then `step` and `save` until `done` steps of `work.steps` are behind `state`; `run` does that.
+    """The loop of one run: `restore`, then `step` and `save` until `done` equals `work.steps`; `run` does all of it.
 
         with Loop(work, state, Keeping(directory)) as loop:
             loop.restore()
@@ -120,7 +120,7 @@ class Loop:
                 metrics = loop.step()
                 loop.save()
 
-    With several processes, all take the same steps; the first one writes the metrics.
+    With several processes, all take the same steps; the main process writes the metrics.
     """
 
     def __init__(
@@ -130,8 +130,8 @@ class Loop:
         self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
         self.done = 0
-        self.stopped = False  # whether the step that was under way was told to stop
-        self.before: dict[str, Any] = {}  # the states of `work.host` before it
+        self.stopped = False  # whether the current step was abandoned because the run is to stop
+        self.before: dict[str, Any] = {}  # the states of `work.host` before the current step
         self.progress = ProgressLine(work.label, work.steps) if is_main_process() else None
         self.log: Writer | None = None
         self.checkpoints: Checkpoints | None = None
@@ -146,10 +146,10 @@ class Loop:
         self._closing.__exit__(*error)
 
     def run(self) -> TrainState:
-        """The state after all steps, from the newest checkpoint in the directory if there is one.
+        """Takes all steps, from the newest checkpoint in the directory if there is one, and returns the last state.
 
         Raises:
-            Preempted: the run was told to stop (`NOTICE`); what it has done is saved.
+            Preempted: the run was told to stop (`NOTICE`); the steps that are done are saved.
             RunError: the directory holds another run.
         """
         with self:
@@ -160,10 +160,10 @@ class Loop:
         return self.state
 
     def restore(self) -> None:
-        """Opens the directory, and goes back to its newest checkpoint, if there is one."""
+        """Opens the directory, and restores its newest checkpoint, if there is one."""
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # Weights that are not trained are not saved; a checkpoint only says which they were.
+            # Frozen weights are not saved; a checkpoint only has their fingerprint.
             self.base = fingerprint(self.state.rest)
             self.checkpoints = Checkpoints(self.directory / "checkpoints", keep=self.keeping.keep)
             self._closing.enter_context(self.checkpoints)
@@ -184,8 +184,8 @@ class Loop:
     def step(self) -> Mapping[str, float]:
         """Takes the next step, and returns its metrics.
 
-        A step that is told to stop may give itself up as long as it has changed nothing but `work.host` (`NOTICE.check`,
-        `NOTICE.next`). It has no metrics, and the state before it is what is saved.
+        If the run is to stop, a step may be abandoned as long as it has changed nothing but `work.host` (`NOTICE.check`,
+        `NOTICE.next`). It then has no metrics, and the state before it is saved.
         """
         self.before = _states(self.work.host)
         try:
@@ -206,10 +206,10 @@ class Loop:
         return metrics
 
     def save(self) -> None:
-        """Saves a checkpoint if one is due: every so many steps, after the last, and where the run is told to stop.
+        """Saves a checkpoint if one is due: every `save_every` steps, after the last step, and if the run is to stop.
 
         Raises:
-            Preempted: the run is told to stop, and there are steps left; everything is on the disk.
+            Preempted: the run is to stop, and there are steps left; everything is on the disk.
         """
         if self.checkpoints is None:
             return
@@ -234,7 +234,7 @@ class Loop:
             self.early.poll()
 
     def _save_early(self) -> None:
-        """Saves a checkpoint of the first steps where it stays, unless an earlier start of the run has, with the same bits."""
+        """Saves a checkpoint of the first steps for good, unless it exists: an earlier start saved the same bits."""
         if self.early is None or self.done > self.keeping.early or self.done in self.early.steps:
             return
         state = self.state._replace(rest=())
@@ -244,7 +244,7 @@ class Loop:
         say(f"{self.work.label}: {text}")
 
     def _settle(self, directory: pathlib.Path, latest: int | None) -> None:
-        """Checks that the directory holds this run, or notes it there."""
+        """Checks that the directory holds this run, or writes the run's identity to a new directory."""
         if latest is not None and latest > self.work.steps:
             raise RunError(
                 f"{directory}: {latest} steps are done, the configuration says {self.work.steps}: a run does not go "
@@ -263,12 +263,12 @@ class Loop:
     def _go_back(self, checkpoints: Checkpoints) -> None:
         """Restores the newest checkpoint that is whole."""
         try:
-            found = checkpoints.restore(self.state._replace(rest=()), mesh=self.keeping.mesh, base=self.base)
+            restored = checkpoints.restore(self.state._replace(rest=()), mesh=self.keeping.mesh, base=self.base)
         except FileNotFoundError:
             warn(f"{self.work.label}: no checkpoint is left, the run begins anew")
             return
-        self.state, self.done = found.state._replace(rest=self.state.rest), found.step
-        _restore_objects(found, self.work, checkpoints.directory.parent)
+        self.state, self.done = restored.state._replace(rest=self.state.rest), restored.step
+        _restore_objects(restored, self.work, checkpoints.directory.parent)
         if self.done == self.work.steps:
             self._say(f"already finished, all {self.done} steps")
         else:

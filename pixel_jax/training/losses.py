@@ -1,4 +1,7 @@
-"""Log-probabilities, and losses over the tokens of the loss mask. A loss is a sum and a denominator: accumulation is exact."""
+"""Log-probabilities, and losses over the tokens of the loss mask.
+
+A loss is a sum and a denominator, so that accumulation over micro-batches is exact.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,20 +12,20 @@ import jax.numpy as jnp
 
 from pixel_jax.arrays import AnyArray
 
-Normalizer = Literal["row", "token"]  # of tuning: the mean of the rows' means, or the mean of all tokens
+Normalizer = Literal["row", "token"]  # of SFT: the mean of the rows' means, or the mean of all tokens
 
 
 class LossSum(NamedTuple):
-    """A loss is `total / denominator`; totals and denominators of micro-batches add up to those of the batch."""
+    """The loss `total / denominator`; totals and denominators of micro-batches add up to those of the batch."""
 
     total: jax.Array  # float32 []
     denominator: jax.Array  # float32 []
-    rows: jax.Array  # float32 [R], each row's share of `total`, before its weight: where a NaN came from
+    rows: jax.Array  # float32 [R], each row's loss before its weight, which shows the rows of a NaN
     sums: dict[str, jax.Array]  # float32 [], sums over counted tokens; divided by `sums["tokens"]` they are the metrics
 
 
 class Predictions(NamedTuple):
-    """Which token the hidden state at each position predicts. Padding may lie between the two."""
+    """The token that the hidden state at each position predicts. Padding may lie between the two."""
 
     target: jax.Array  # int32 [R, L], the token at the next valid position (any token where there is none)
     source: jax.Array  # int32 [R, L], the valid position before each: where its token was predicted (0: nowhere)
@@ -50,7 +53,7 @@ def turn_temperature(
 ) -> jax.Array:
     """The temperature at which each token was sampled, float32 [R, L]: `first` in the first turn of a trace, then `later`.
 
-    Turns are runs of the loss mask, bool [R, L]: an observation, which lies between two turns, is never in it.
+    Turns are runs of true in the loss mask, bool [R, L], because the observations between them carry no loss.
     """
     if later is None or later == first:
         return jnp.full(loss_mask.shape, first, jnp.float32)
@@ -89,8 +92,8 @@ def token_logprobs(
 
     def piece(hidden, target, temperature=temperature):
         index, zero = jnp.arange(vocabulary, dtype=jnp.int32), jnp.float32(0)
-        # They are made to look as if they depended on the piece. Otherwise XLA widens them before the loop to arrays as large
-        # as the logits (a tuning step of 4 rows of 512 tokens, 35 M parameters, 8,192 words: 420 MB of temporaries, not 365).
+        # The barrier makes them depend on the piece. Otherwise XLA widens them before the loop to arrays as large as the logits
+        # (an SFT step of 4 rows of 512 tokens, 35 M parameters, 8,192 words: 420 MB of temporaries instead of 365).
         hidden, index, zero = jax.lax.optimization_barrier((hidden, index, zero))
         scaled = logits(hidden).astype(jnp.float32) / temperature
         peak = jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
@@ -98,7 +101,7 @@ def token_logprobs(
         weights = jnp.exp(shifted)
         norm = jnp.sum(weights, axis=-1)
         logprob = jnp.sum(jnp.where(index == target[..., None], shifted, zero), axis=-1) - jnp.log(norm)
-        # The lower bound keeps 0 x -inf out; it is below anything that float32 exp can represent.
+        # The lower bound avoids 0 x -inf; exp of it is 0 in float32.
         entropy = jnp.log(norm) - jnp.sum(weights * jnp.maximum(shifted, -1e4), axis=-1) / norm
         return logprob, jax.lax.stop_gradient(entropy)
 
@@ -121,33 +124,33 @@ def token_logprobs(
 
 @dataclasses.dataclass(frozen=True)
 class PolicyLossConfig:
-    """Clipped policy gradient; the released code's constants. `pixel_jax.training.algorithms` has others by name."""
+    """The clipped policy gradient, with the released code's constants. `pixel_jax.training.algorithms` has others by name."""
 
-    # What is clipped: each token's ratio (PPO, GRPO), the geometric mean over a trace (GSPO), or their product over it, which
-    # is the ratio of the whole response (RLOO).
+    # The ratio that is clipped: each token's (PPO, GRPO), their geometric mean over a trace (GSPO), or their product over a
+    # trace, which is the ratio of the whole response (RLOO).
     ratio: Literal["token", "sequence", "product"] = "token"
     clip_low: float = 0.2  # how far below 1 the ratio counts
     clip_high: float = 0.35  # DAPO's clip-higher
-    # `constant`: the sum over tokens divided by traces x `constant`, so long answers are not discounted (Dr. GRPO);
-    # `token`: by the number of tokens in the loss mask (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Of traces
-    # whose tokens are all masked see `masked_traces`.)
-    # The released code divides by 200 a micro-batch of 2 or 4 rows (100 or 50 a row).
+    # `constant`: the sum over tokens divided by `constant` times the number of traces, so that long answers are not discounted
+    # (Dr. GRPO); `token`: divided by the number of tokens in the loss mask (DAPO); `row`: the mean over traces of each trace's
+    # mean (GRPO). For traces whose tokens are all masked see `masked_traces`.
+    # The released code divides each micro-batch of 2 or 4 rows by 200 (100 or 50 a row).
     normalizer: Literal["constant", "token", "row"] = "constant"
-    constant: float = 200.0  # what the normalizer `constant` divides by, for each trace
-    # Whether a trace whose tokens carry no loss (`mask_unfinished`) counts in the denominators of `constant` and `row`.
-    # `counted`: like any other: eq. 3 of GRPO and Dr. GRPO's divide by all G answers, as TRL does, and verl with its
-    # `global_batch_size`; `left_out`: not at all, so that the others weigh more, as verl does without.
+    constant: float = 200.0  # the divisor of the normalizer `constant`, for each trace
+    # Whether a trace without tokens in the loss mask (`mask_unfinished`) counts in the denominators of `constant` and `row`.
+    # `counted`: like any other trace; eq. 3 of GRPO and of Dr. GRPO divide by all G answers, as do TRL, and verl with its
+    # `global_batch_size`. `left_out`: it does not count, so that the others weigh more, as in verl without that setting.
     masked_traces: Literal["counted", "left_out"] = "counted"
     kl: float = 0.0  # weight of the divergence from the network without its adapters
     # With a negative advantage the loss is at most this x |advantage| (dual clip, Ye et al. 2020, arXiv:1912.09729, eq. 5), so
-    # that a ratio far above 1 does not rule the step. verl's default is 3. None: no such bound, as in the papers above.
+    # that a ratio far above 1 does not dominate the step. verl's default is 3. None: no such bound, as in the papers above.
     dual_clip: float | None = None
-    # Importance sampling: what is learned weighs p(trainer, before the update) / p(sampler), if that is at most this. None:
-    # weighs 1. The ratio is a token's, or the product over its trace; above the cap it is the cap (truncated) or 0 (masked).
-    # TRL's default, `sequence_mask`, is importance_cap 3, "sequence" and "masked".
+    # Importance sampling: each token's loss is weighted by p(trainer, before the update) / p(sampler), up to this cap. The ratio
+    # is a token's, or the product over its trace; above the cap the weight is the cap (truncated) or 0 (masked). None: all
+    # weights are 1. TRL's default, `sequence_mask`, is importance_cap 3, "sequence" and "masked".
     importance_cap: float | None = None
-    importance_level: Literal["token", "sequence"] = "token"  # of which the ratio is
-    importance_above: Literal["truncated", "masked"] = "truncated"  # what becomes of a weight above `importance_cap`
+    importance_level: Literal["token", "sequence"] = "token"  # whether the ratio is a token's or its trace's
+    importance_above: Literal["truncated", "masked"] = "truncated"  # the treatment of a weight above `importance_cap`
 
     def __post_init__(self):
         if self.dual_clip is not None and not self.dual_clip > 1:
@@ -159,7 +162,7 @@ class PolicyLossConfig:
 
 
 def masked(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`x` where `mask` holds, else zero. Unlike a product it stops infinities of padding, in values and gradients."""
+    """`x` where `mask` holds, else zero. Unlike a product it removes infinities of padding, in values and gradients."""
     return jnp.where(mask, x, 0.0)
 
 
@@ -172,11 +175,11 @@ def trace_sums(x: jax.Array, segments: AnyArray | None) -> jax.Array:
 
 
 def trace_number(counted: jax.Array, segments: AnyArray | None, *, every: bool) -> jax.Array:
-    """How many traces each row has, float32 [R]: `every` one, or those with a counted token (bool [R, L])."""
+    """The number of traces of each row, float32 [R]: of all with `every`, or of those with a token in `counted` bool [R, L]."""
     if every:
         if segments is None:
             return jnp.ones(counted.shape[0], jnp.float32)
-        return 1.0 + jnp.max(segments, axis=1).astype(jnp.float32)  # they are numbered from 0 on
+        return 1.0 + jnp.max(segments, axis=1).astype(jnp.float32)  # traces are numbered from 0
     if segments is None:
         return jnp.any(counted, axis=1).astype(jnp.float32)
     length = counted.shape[1]
@@ -184,9 +187,9 @@ def trace_number(counted: jax.Array, segments: AnyArray | None, *, every: bool) 
     return jnp.sum(tokens(counted.astype(jnp.int32), segments) > 0, axis=1).astype(jnp.float32)
 
 
-# Bounds in nats that logarithms of ratios are cut to; beyond them gradients are zero. exp(88) is infinite. As in verl.
+# Bounds in nats of the logarithms of ratios, as in verl; beyond them gradients are zero. In float32 exp(89) is infinite.
 LARGEST_LOG_RATIO = {"token": (-20.0, 20.0), "sequence": (-jnp.inf, 10.0), "product": (-20.0, 20.0)}
-LARGEST_DIVERGENCE = 10.0  # of one token
+LARGEST_DIVERGENCE = 10.0  # nats, of one token
 
 
 def divergence(log_ratio: jax.Array) -> jax.Array:
@@ -204,14 +207,14 @@ def sft_loss(
     normalizer: Normalizer,
     segments: AnyArray | None = None,
 ) -> LossSum:
-    """The negative log-likelihood of the tokens in the loss mask.
+    """Computes the negative log-likelihood of the tokens in the loss mask.
 
     Args:
         logprobs: float32 [R, L].
         entropy: float32 [R, L], for the metrics.
         loss_mask: bool [R, L].
         weight: float32 [R]; 0 marks a row of padding.
-        normalizer: `row`: the mean over traces of each trace's mean (the released code: one row a step of accumulation);
+        normalizer: `row`: the mean over traces of each trace's mean (as in the released code, which accumulates single rows);
             `token`: the mean over all tokens in the loss mask of the batch.
         segments: int32 [R, L], the number of each token's trace within its row; None: a row holds one trace.
     """
@@ -235,7 +238,7 @@ def sft_loss(
 def bounded_ratio(
     log_ratio: jax.Array, count: jax.Array, config: PolicyLossConfig, segments: AnyArray | None
 ) -> jax.Array:
-    """exp(`log_ratio`) of each token, or of its trace with `count` [R, L] counted tokens: float32 [R, L]."""
+    """exp(`log_ratio`) of each token or of its trace, float32 [R, L]; `count` has the number of counted tokens of a trace."""
     bounds = LARGEST_LOG_RATIO[config.ratio]
     if config.ratio == "token":
         return jnp.exp(jnp.clip(log_ratio, *bounds))
@@ -247,7 +250,7 @@ def bounded_ratio(
 def capped_importance(
     mismatch: jax.Array, config: PolicyLossConfig, cap: float, segments: AnyArray | None
 ) -> tuple[jax.Array, jax.Array]:
-    """exp(`mismatch`) of each token or of its trace up to the cap, float32 [R, L]; and where it was above, bool [R, L]."""
+    """Importance weights exp(`mismatch`) of tokens or traces up to the cap, float32 [R, L]; and which were above, bool."""
     shape = mismatch.shape
     if config.importance_level == "sequence":
         mismatch = trace_sums(mismatch, segments)
@@ -259,7 +262,7 @@ def capped_importance(
 def policy_denominator(
     counted: jax.Array, weight: AnyArray, config: PolicyLossConfig, segments: AnyArray | None
 ) -> jax.Array:
-    """What the sum over rows is divided by, float32 []."""
+    """The denominator of the policy loss, float32 []."""
     if config.normalizer == "token":
         return jnp.sum(weight * jnp.sum(counted, axis=1))
     traces = jnp.sum(weight * trace_number(counted, segments, every=config.masked_traces == "counted"))
@@ -279,20 +282,20 @@ def policy_loss(
     reference_logprobs: jax.Array | None = None,
     segments: AnyArray | None = None,
 ) -> LossSum:
-    """PPO's clipped objective over the tokens of the loss mask.
+    """Computes PPO's clipped objective over the tokens of the loss mask.
 
-    All arrays are float32 [R, L] but `weight` [R], `loss_mask` bool, and `advantage`, which is [R] or, in packed rows
-    (`segments` int32 [R, L]), [R, L].
+    All arrays are float32 [R, L] except `weight` [R], `loss_mask` bool [R, L], and `advantage`, which is [R], or [R, L] in packed
+    rows (`segments` int32 [R, L]).
 
         max(-ratio A, -clip(ratio, 1 - low, 1 + high) A) w + kl (exp(d) - d - 1)
         ratio = exp(logprobs - old_logprobs), of a token or of its trace        d = reference_logprobs - logprobs
         w = min(exp(old_logprobs - sampler_logprobs), importance_cap), or 1
 
     The paper has neither a KL term nor an entropy bonus. The estimator of the divergence is Schulman's k3, as in GRPO
-    (arXiv:2402.03300, eq. 4); truncated importance sampling: Yao et al. 2025, Your Efficient RL Framework Secretly Brings
-    You Off-Policy RL Training. The metric `sampler_trainer_mismatch` is the mean of
+    (arXiv:2402.03300, eq. 4). Truncated importance sampling is that of Yao et al. 2025, Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training. The metric `sampler_trainer_mismatch` is the mean of
     |log p(trainer, before the update) - log p(sampler)|.
-    Every exponent is bounded (`LARGEST_LOG_RATIO`): one token that is 100 nats off does not make the loss infinite.
+    Every exponent is bounded (`LARGEST_LOG_RATIO`), so that a token that is 100 nats off does not make the loss infinite.
     """
     old_logprobs, sampler_logprobs, advantage = map(jnp.asarray, (old_logprobs, sampler_logprobs, advantage))
     loss_mask, weight = jnp.asarray(loss_mask), jnp.asarray(weight)

@@ -13,9 +13,9 @@ from pixel_jax.config import positive
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The released reinforcement-learning recipe (lr 1e-6, warm-up 3 %, cosine down to half)."""
+    """The optimiser; by default that of the released RL recipe (lr 1e-6, warm-up 3 %, cosine down to half)."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # Muon moves matrices, and AdamW the other weights
+    kind: Literal["adamw", "muon"] = "adamw"  # Muon updates matrices, and NAdamW the other weights
     learning_rate: float = 1e-6  # the highest, after the warm-up
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     final_fraction: float = 0.5  # of the learning rate, where the cosine ends
@@ -23,7 +23,7 @@ class OptimizerConfig:
     b1: float = 0.9  # decay of the mean of the gradients
     b2: float = 0.95  # decay of the mean of their squares
     eps: float = 1e-8  # added to the root of that mean
-    weight_decay: float = 0.0  # decoupled, a share of the weight for a learning rate of 1
+    weight_decay: float = 0.0  # decoupled; multiplied by the learning rate
     clip: float = 1.0  # global norm of the gradient
 
     def __post_init__(self):
@@ -45,13 +45,15 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         return after
 
     def ramp(step: Any) -> Any:
-        return config.learning_rate * (step + 1) / (warmup + 1)  # the first step already moves: it is step 0
+        return (
+            config.learning_rate * (step + 1) / (warmup + 1)
+        )  # not zero at step 0, so that the first step has an effect
 
     return optax.join_schedules([ramp, after], [warmup])
 
 
 def stacked_matrices(params: Params) -> Params:
-    """What Muon orthogonalises: every matrix [out, in] of the stacked layers. NAdamW moves the rest (embeddings, norms)."""
+    """Selects the matrices [out, in] of the stacked layers for Muon. NAdamW updates the rest (embeddings, norms)."""
     spec = MuonDimensionNumbers(reduction_axis=2, output_axis=1)
     return jax.tree.map(lambda x: spec if x.ndim == 3 else None, params)
 

@@ -12,26 +12,26 @@ from pixel_jax import signals
 from pixel_jax.parallel.processes import all_gather
 
 T = TypeVar("T")
-CODE = 42  # exit code of a run that was preempted and saved itself: started again, it goes on
+CODE = 42  # exit code of a run that was preempted and has saved its state; started again, it resumes
 POLL = 0.1  # seconds between two checks of the notice while data is waited for
 
 
 class Preempted(SystemExit):
-    """Ends the program with `CODE`; what it has done is saved. A step raises it to give itself up (`loop.run`)."""
+    """Ends the program with `CODE` after its state is saved. A step that can be abandoned raises it, too (`Loop.step`)."""
 
     def __init__(self):
         super().__init__(CODE)
 
 
 class Notice:
-    """The request to stop, of this process or of another one of the same run. Signals count from `listen` on."""
+    """The request that a run stops, made to any of its processes. Signals count after `listen`."""
 
     def __init__(self, heard: signals.Signals):
         self._heard = heard
 
     @property
     def requested(self) -> bool:
-        """Whether this process was told to stop."""
+        """Whether this process was asked to stop."""
         return self._heard.told
 
     @requested.setter
@@ -39,13 +39,13 @@ class Notice:
         self._heard.told = value
 
     def listen(self) -> None:
-        """Takes SIGTERM and Ctrl-C as a notice from now on; a second Ctrl-C ends the process at once."""
+        """Treats SIGTERM and Ctrl-C as a notice from now on; a second Ctrl-C ends the process at once."""
         self._heard.save_first()
 
     def reached(self) -> bool:
         """Whether the run is to stop here.
 
-        All processes call it at the same points, after every step at least, and get the same answer.
+        All processes must call it at the same points, at least after every step, and all get the same answer.
         """
         return bool(all_gather(self.requested).any())
 
@@ -55,7 +55,7 @@ class Notice:
             raise Preempted
 
     def next(self, data: Iterator[T]) -> T:
-        """The next of `data`, for a step that can still be abandoned.
+        """Returns the next item of `data`, for a step that can still be abandoned.
 
         Raises:
             Preempted: the run is to stop here, even if the data never arrives.
@@ -65,10 +65,10 @@ class Notice:
         def fetch() -> None:
             try:
                 results.put((True, next(data)))
-            except BaseException as error:  # raised again where the data is waited for
+            except BaseException as error:  # raised again in the waiting thread
                 results.put((False, error))
 
-        # In a thread of its own, so that data that never arrives blocks neither the step nor the end of the process.
+        # In a daemon thread, so that data that never arrives blocks neither the step nor the end of the process.
         threading.Thread(target=fetch, daemon=True, name="next").start()
         value: object = None
         while not self.requested:

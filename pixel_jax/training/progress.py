@@ -1,4 +1,4 @@
-"""Output on the terminal: progress, the time left, and which program is compiling."""
+"""Output on the terminal: progress, remaining time, and the compilation of programs."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
-    """Announces on the terminal when a program begins to compile, and when it has.
+    """Announces on the terminal when the compilation of a program begins and ends.
 
     Programs whose lowering takes less than `minimum` seconds are not announced. Call it once, when a process starts.
 
@@ -38,9 +38,9 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
-    """Keeps compiled programs for the next start in `directory`, unless the environment names another, and says so.
+    """Caches compiled programs in `directory`, unless the environment names another, and prints where.
 
-    It does nothing where JAX's cache is switched off, as by `parallel.processes.initialize` on CPUs.
+    It does nothing if JAX's cache is switched off, as by `parallel.processes.initialize` on CPUs.
     """
     if not jax.config.values["jax_enable_compilation_cache"]:
         return
@@ -51,14 +51,14 @@ def use_compilation_cache(directory: str | os.PathLike) -> None:
 
 
 def clock(seconds: float) -> str:
-    """A time as text: 1:02:03, or 2:03 under an hour."""
+    """Formats a time as 1:02:03, or 2:03 under an hour."""
     minutes, seconds = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class ProgressLine:
-    """A progress line: on a terminal one line that is rewritten, in a log file a new line every `every` seconds."""
+    """A progress line: on a terminal one line that is rewritten, in a log file a new line after every `every` seconds."""
 
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
         self.label, self.total, self.start = label, total, start
@@ -68,17 +68,17 @@ class ProgressLine:
         self.began, self.shown = None, None
 
     def update(self, done: int, metrics: Mapping[str, float], remark: str = "") -> None:
-        """Shows that `done` of `total` steps are done, with a remark and metrics beside, the most important first."""
+        """Shows that `done` of `total` steps are done, with a remark and metrics, the most important first."""
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
         if done < self.total and self.shown is not None and now - self.shown < self.every:
             return
         self.shown = now
-        left = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
+        remaining = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        said = f"{printable(remark)}  " if remark else ""
-        line = f"{printable(self.label)} {done}/{self.total}  {left} left  {said}{shown}"
+        prefix = f"{printable(remark)}  " if remark else ""
+        line = f"{printable(self.label)} {done}/{self.total}  {remaining} left  {prefix}{shown}"
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]
             put("\r\x1b[K" + line + ("\n" if done >= self.total else ""), self.stream)

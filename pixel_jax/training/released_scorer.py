@@ -1,9 +1,9 @@
-"""Pixel Reasoner's released scorer, for scores that compare with its own.
+"""Pixel Reasoner's released scorer, for scores that can be compared with its own.
 
-It is `rule_reward` (openrlhf/trainer/ppo_utils/experience_maker.py): the last box, the first <answer> on one line, then the
-whole response are each given to math-verify as they are. Its known faults are kept: "0 to 5" answers "0", "1/2" answers "1, 2",
-"B. blue" does not answer B, and after a wrong box the rest of the text is tried. One thing differs: formulas that are too large
-to be worked out, which would never end, are wrong at once.
+It is `rule_reward` (openrlhf/trainer/ppo_utils/experience_maker.py): the last box, the first <answer> on one line, and then the
+whole response are given to math-verify unchanged. Its known faults are kept: "0 to 5" answers "0", "1/2" answers "1, 2",
+"B. blue" does not answer B, and after a wrong box the rest of the text is tried. There is one difference: formulas that are too
+expensive to evaluate count as wrong at once, where the released code would never end.
 """
 
 import functools
@@ -14,7 +14,7 @@ from pixel_jax.training import algebra
 
 
 def released_score(response: str, references: Sequence[str]) -> float | None:
-    """The score 1 or 0, or None where the released code says -1 (nothing can be parsed). References are contents of a box."""
+    """Scores a response as 1 or 0, or None where the released code gives -1 (nothing parses). References are box contents."""
     text = response.lower()
     golds = [f"\\boxed{{{reference}}}".lower() for reference in references]
     percent = next((gold.replace("%", "") for gold in golds if "%" in gold), None)
@@ -33,7 +33,7 @@ def released_score(response: str, references: Sequence[str]) -> float | None:
 
 
 def _against(text: str, gold: str) -> float | None:
-    """The score of a whole response against one reference, both in lower case."""
+    """Scores a whole response against one reference, both in lower case."""
     with algebra.charged() as allowed:
         if not allowed:
             return 0.0
@@ -41,15 +41,15 @@ def _against(text: str, gold: str) -> float | None:
         if not wanted:
             return None
         score: float | None = None
-        for said in _candidates(text):
-            score = _verdict(_tidy(said), wanted)
+        for candidate in _candidates(text):
+            score = _verdict(_tidy(candidate), wanted)
             if score == 1.0:
                 break
         return score
 
 
 def _candidates(text: str) -> Iterator[str]:
-    """What is tried in turn. The verdict on the last one counts."""
+    """Yields the texts that are tried in turn; the first right one counts, or else the last."""
     if "\\boxed" in text:
         yield text[text.rindex("\\boxed") :].strip()
     if "<answer>" in text and (tagged := re.search("<answer>(.*?)</answer>", text)):

@@ -1,4 +1,4 @@
-"""Chooses the rows that updates train on: no groups of equal rewards, and selective sample replay (VL-Rethinker, Alg. 1)."""
+"""Chooses the rows that updates train on: groups of differing rewards, and selective sample replay (VL-Rethinker, Alg. 1)."""
 
 import collections
 import dataclasses
@@ -25,18 +25,18 @@ from pixel_jax.training.checkpoint import rejoin, separate
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """What replaces the rows of groups whose rewards are equal, from which nothing is learned.
+    """The replacement of rows in groups of equal rewards, from which nothing is learned.
 
-    `ssr`: rows of the buffer. `repeat`: the other rows again (the released code's default). `none`: nothing, every row is trained
-    on. `dynamic`: rows of further rollouts, without updates in between (DAPO's dynamic sampling, arXiv:2503.14476, §3.2).
+    `ssr`: rows of the buffer. `repeat`: the other rows again (the released code's default). `none`: they are not replaced, and
+    every row is trained on. `dynamic`: rows of further rollouts, without updates in between (DAPO's dynamic sampling,
+    arXiv:2503.14476, §3.2).
     """
 
-    kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"  # what replaces them
+    kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"  # the replacement, see above
     exponent: float = 1.0  # a row is drawn with probability proportional to |advantage| ** exponent
-    capacity: int = 4096  # rows; the oldest leave first
-    life: Literal["episode", "run"] = (
-        "episode"  # VL-Rethinker empties the buffer after each episode, the released code never
-    )
+    capacity: int = 4096  # rows of the buffer; the oldest are dropped first
+    # VL-Rethinker empties the buffer after each episode, the released code never.
+    life: Literal["episode", "run"] = "episode"
     episode: int = 2  # rollouts of an episode (1024 queries, 512 at a time)
     threshold: float = 0.01  # rewards of a group count as equal if they deviate by less than this on average
 
@@ -48,20 +48,20 @@ class ReplayConfig:
 
 
 class Entry(NamedTuple):
-    """A row that can be trained on."""
+    """A row of the buffer."""
 
     advantage: float
-    owner: int  # the process shard that has it
+    owner: int  # the process shard that has the row
     shape: BatchShape
-    row: Rows | None  # a single one; None: other processes have it
+    row: Rows | None  # a single row; None: other processes have it
 
 
 class Replay:
-    """A buffer of rows on the host, with their advantages and the log-probabilities they were sampled with.
+    """A buffer of rows on the host, with their advantages and the log-probabilities with which they were sampled.
 
-    Rows have no pixels, and those of one prompt share its images. Everything is drawn from one NumPy generator, whose state is
-    part of `get_state`. With several processes (`shard` is this one's of a batch) all draw the same, each keeps the rows that it
-    rolled out, and sends those that another one trains on.
+    Rows have no pixels, and those of one prompt share its images. All draws are from one NumPy generator, whose state is part of
+    `get_state`. With several processes (`shard` is this one's of a batch) all draw the same rows; each keeps the rows that it
+    rolled out, and sends them to the processes that train on them.
     """
 
     def __init__(self, config: ReplayConfig, seed: int, shard: ProcessShard = WHOLE):
@@ -71,9 +71,9 @@ class Replay:
         self.rollouts = 0
 
     def probabilities(self, shape: BatchShape) -> np.ndarray:
-        """The probability of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised.
+        """The probability that each row of the buffer is drawn, float64 [rows]: |A|^exponent, normalised.
 
-        It is zero for rows of another shape, and for all if no advantage differs from zero.
+        It is zero for rows of another shape, and for all rows if every advantage is zero.
         """
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
         weights = weights * np.array([row.shape == shape for row in self.rows], bool)
@@ -82,7 +82,7 @@ class Replay:
     def select(self, rows: Rows, nonzero_variance: np.ndarray, shape: BatchShape) -> list[Entry] | None:
         """Chooses as many rows as were rolled out (so that the number of steps is constant), in random order.
 
-        All rows of groups whose rewards differ are in; the rest is drawn with replacement.
+        All rows of groups whose rewards differ are chosen; the others are drawn with replacement.
 
         Args:
             rows: this process's shard of a host batch of R rows.
@@ -90,16 +90,16 @@ class Replay:
             shape: of the rows; only rows of the same shape are replayed.
 
         Returns:
-            None where there is nothing to learn from: all rewards are equal, and nothing can be replayed.
+            The entries; None if nothing can be learned: the rewards of every group are equal, and nothing can be replayed.
         """
         chosen = self._select(rows, nonzero_variance, shape)
         self.rollouts += 1
         if self.config.kind == "ssr" and self.config.life == "episode" and self.rollouts % self.config.episode == 0:
-            self.rows.clear()  # at once: the next rollout needs the memory
+            self.rows.clear()  # before the next rollout, which needs the memory
         return chosen
 
     def entries(self, rows: Rows, which: Iterable[int], shape: BatchShape) -> list[Entry]:
-        """The entries of the rows `which`, numbered over all processes; `rows` is this process's shard."""
+        """Makes entries of the rows `which`, numbered over all processes; `rows` is this process's shard."""
         advantage = all_rows(np.asarray(rows.batch.advantage), self.shard)
         return [self._entry(rows, i, advantage, shape) for i in which]
 
@@ -133,7 +133,7 @@ class Replay:
             fitting = [row for row in self.rows if row.shape == shape]
             if len(fitting) < wanted:
                 return None
-            self.rows.clear()  # what is left over was sampled by the policy that is about to change
+            self.rows.clear()  # the remaining rows were sampled by the policy that is about to change
             return [fitting[i] for i in self.random.permutation(wanted)]
         vacant, drawn = wanted - current.size, []
         probabilities = self.probabilities(shape)
@@ -146,41 +146,41 @@ class Replay:
         return [chosen[i] for i in np.resize(self.random.permutation(len(chosen)), wanted)]
 
     def batch(self, entries: Sequence[Entry]) -> Rows:
-        """The rows of `entries`; of several processes, each gets its shard of them."""
+        """Returns this process's shard of the rows of `entries`."""
         size, shard = len(entries) // self.shard.count, self.shard
         wanted = range(shard.index * size, (shard.index + 1) * size)
 
         def own(numbers: Iterable[int]) -> dict[int, Rows]:
-            """The rows of these numbers that this process has."""
+            """The rows with these indices that this process has."""
             return {i: row for i in numbers if (row := entries[i].row) is not None}
 
-        found = own(wanted)
+        rows = own(wanted)
         if shard.count > 1:
-            # Of processes with the same rows, the one of the same rank sends.
+            # Of the processes with the same rows, each sends to the process of its rank in another shard.
             rank = shard.processes[shard.index].index(jax.process_index())
             parcels = [b""] * jax.process_count()
             for to, processes in enumerate(shard.processes):
-                theirs = range(to * size, (to + 1) * size) if to != shard.index else ()
-                parcels[processes[rank]] = pack(own(theirs))
+                others = range(to * size, (to + 1) * size) if to != shard.index else ()
+                parcels[processes[rank]] = pack(own(others))
             for parcel in all_to_all(parcels):
-                found |= unpack(parcel)
-        return side_by_side([found[i] for i in wanted])
+                rows |= unpack(parcel)
+        return side_by_side([rows[i] for i in wanted])
 
     def get_state(self) -> dict[str, Any]:
-        """The whole buffer as JSON values and arrays."""
+        """Returns the whole buffer as JSON values and arrays."""
         state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "shard": self.shard.index}
         state["advantages"] = np.array([entry.advantage for entry in self.rows], np.float32)
         state["owners"] = np.array([entry.owner for entry in self.rows], np.int32)
         state["shapes"] = [list(entry.shape) for entry in self.rows]
-        kept = collections.defaultdict(list)  # by shape
+        by_shape = collections.defaultdict(list)  # by shape
         for entry in self.rows:
             if entry.row is not None:
-                kept[entry.shape].append(entry.row)
-        state["kept"] = {str(list(shape)): stacked(rows) for shape, rows in kept.items()}
+                by_shape[entry.shape].append(entry.row)
+        state["kept"] = {str(list(shape)): stacked(rows) for shape, rows in by_shape.items()}
         return state
 
     def set_state(self, *states: dict[str, Any]) -> None:
-        """Goes back to a state of `get_state`: those of all processes that saved, however many there are now."""
+        """Restores the states of all processes that saved; the number of processes may have changed."""
         kept = {(state["shard"], shape): unstacked(x) for state in states for shape, x in state["kept"].items()}
         self.random.bit_generator.state = states[0]["random"]
         self.rollouts = states[0]["rollouts"]
@@ -192,19 +192,19 @@ class Replay:
 
 
 def side_by_side(rows: Sequence[Rows]) -> Rows:
-    """Single rows as R rows."""
+    """Stacks single rows."""
     return jax.tree.map(lambda *xs: np.stack(xs), *rows)
 
 
 def copied(row: Rows) -> Rows:
-    """A row with copies of its arrays, so that the batch around it can be freed; its images are shared."""
+    """Copies the arrays of a row, so that the memory of its batch can be freed; its images are shared."""
     return row._replace(batch=jax.tree.map(np.array, row.batch))
 
 
 def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
-    """Rows of one shape as arrays, with the images that they share once: one flat array of all pixels beside their shapes.
+    """Converts rows of one shape to arrays; images that they share are stored once, in one flat array of all pixels.
 
-    Of every prompt its own images come first, then those that host tools returned.
+    The images of a prompt come first, and then those that host tools returned.
     """
     together = side_by_side(rows)
     prompts = list({id(images): images for images in together.images}.values())
@@ -221,12 +221,12 @@ def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
 
 
 def as_dicts(tree: Any) -> Any:
-    """A named tuple, and those in it, as dictionaries."""
+    """Converts a named tuple, and those within it, to dictionaries."""
     return {name: as_dicts(x) for name, x in tree._asdict().items()} if hasattr(tree, "_asdict") else tree
 
 
 def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
-    """The inverse of `stacked`, one row after the other."""
+    """Yields the rows of `stacked`, whose inverse it is."""
     visual = state["rows"]["visual"]
     views, drawings = Views(**visual["source"]["views"]), visual["source"]["drawings"]
     if drawings is not None:
@@ -247,7 +247,7 @@ def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
 
 
 def pack(rows: dict[int, Rows]) -> bytes:
-    """Rows by number, as safetensors."""
+    """Serialises rows by number, as safetensors."""
     if not rows:
         return b""
     arrays: dict[str, np.ndarray] = {}

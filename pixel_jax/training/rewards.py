@@ -1,16 +1,16 @@
 """The reward: a weighted sum of terms, by default the curiosity reward (Pixel Reasoner §4.2).
 
-A term is a function of what a row did and of the example that it was asked about:
+A term is a function of a row and of the example that its question is from:
 
-    def brief(row, example):                 # of one row
+    def brief(row, example):                 # for one row
         return -0.001 * len(row.tokens)
 
-    @of_group                                # of all rows of a prompt together
+    @of_group                                # for all rows of a prompt together
     def rare(rows, example):
         looked = [bool(row.calls) for row in rows]
         return [0.1 * (x and sum(looked) == 1) for x in looked]
 
-    @of_batch                                # of all rows, with an example for each: one request, one array operation
+    @of_batch                                # for all rows at once, with an example for each
     def judged(rows, examples):
         return ask([(row.response, example.answer) for row, example in zip(rows, examples)])
 """
@@ -50,31 +50,31 @@ class Call(NamedTuple):
     """A call of a tool, which ends a turn."""
 
     tool: str  # its name; "": the call cannot be read
-    arguments: Mapping[str, Any]  # as it was written: numbers, a box as four of them, lists of integers, choices
+    arguments: Mapping[str, Any]  # as they were written: numbers, a box as four numbers, lists of integers, choices
     status: CallStatus
     outcome: str  # the name of one of the tool's `outcomes`: "shown", "too_small"; "": not carried out
-    image: int = -1  # number of the example's image, from 0; -1: none, or a picture that a tool made
-    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels of that image as its file has it
-    frames: tuple[int, ...] = ()  # of the video, from 0, that were selected
+    image: int = -1  # index of the example's image, from 0; -1: none, or an image that a tool returned
+    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels of that image in its file
+    frames: tuple[int, ...] = ()  # indices of the selected frames of the video, from 0
 
     @property
     def executed(self) -> bool:
-        """Whether it was answered, be it by an error."""
+        """Whether it was answered, possibly by an error."""
         return self.status >= CallStatus.FAILED
 
     @property
     def shown(self) -> bool:
-        """Whether it returned what it asked for."""
+        """Whether it succeeded."""
         return self.status == CallStatus.DONE
 
 
 class Row(NamedTuple):
-    """What one rollout did."""
+    """A row of a rollout, as reward terms read it."""
 
-    response: str  # all that the policy wrote, what it was shown left out
+    response: str  # all that the policy wrote, without observations
     turns: tuple[str, ...]  # the same, turn by turn, without the token that ends a turn
     calls: tuple[Call, ...]  # in order, carried out or not
-    stop: str  # why it ended: one of `pixel_jax.rollouts.trajectory.STOP_REASONS`
+    stop: str  # the reason why it ended: one of `pixel_jax.rollouts.trajectory.STOP_REASONS`
     tokens: np.ndarray  # int32 [T], the ids that the policy chose
     is_video: bool = False  # the images of the example are the frames of one video
 
@@ -87,7 +87,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """A function that gives rows numbers, and over which rows it is called.
+    """A function that returns numbers for rows, and the rows with which it is called.
 
     "row": (row, example) -> a number. "group": (rows of a prompt, example) -> [n]. "batch": (all rows, an example for each)
     -> [R].
@@ -98,32 +98,32 @@ class Term:
 
 
 def of_group(function: Callable[..., Any]) -> Term:
-    """Decorator: (rows of a prompt, example) -> a number for each row."""
+    """Decorates a function (rows of a prompt, example) -> a number for each row."""
     return Term(function, "group")
 
 
 def of_batch(function: Callable[..., Any]) -> Term:
-    """Decorator: (rows, an example for each) -> a number for each row."""
+    """Decorates a function (rows, an example for each) -> a number for each row."""
     return Term(function, "batch")
 
 
 class RewardError(ValueError):
-    """A term of a reward that gives no numbers. The message has its name and the row."""
+    """A term of a reward that does not return numbers. The message has its name and the row."""
 
 
 def evaluate(name: str, term: Term, rows: Sequence[Row], examples: Sequence[Any], n: int, first: int = 0) -> np.ndarray:
-    """Applies a term to R rows: float32 [R], or the term's own type where that is wider.
+    """Applies a term to R rows; returns float32 [R], or float64 if the term does.
 
     Args:
       name: of the term, for messages.
       term: the function.
-      rows: what they did.
-      examples: one for every `n` rows, which are those of its prompt.
+      rows: R rows, `n` for each prompt.
+      examples: one for each prompt.
       n: rows of a prompt.
       first: number of the first row, for messages.
 
     Raises:
-      RewardError: it raises, or returns something else than a number for each row.
+      RewardError: the term raises, or does not return a number for each row.
     """
     if term.over == "batch":
         spread = [example for example in examples for _ in range(n)]
@@ -140,7 +140,7 @@ def evaluate(name: str, term: Term, rows: Sequence[Row], examples: Sequence[Any]
 
 
 def _called(term: Term, arguments: tuple, size: int, where: str, single: bool = False) -> np.ndarray:
-    """The numbers [size] of a call of the term; of a `single` row a number."""
+    """Calls a term and checks that it returns numbers [size], or one number for a `single` row."""
     try:
         value = term.function(*arguments)
     except Exception as error:
@@ -159,7 +159,7 @@ def _called(term: Term, arguments: tuple, size: int, where: str, single: bool = 
 
 
 def field(example: Any, name: str) -> Any:
-    """The field `name` of an example's row in the data. KeyError: the row has no such field."""
+    """Returns the field `name` of an example's row in the data. KeyError: the row has no such field."""
     if name not in example.fields:
         raise KeyError(f"the example has no field {name!r}, only {', '.join(example.fields) or 'the usual ones'}")
     return example.fields[name]
@@ -175,13 +175,13 @@ def rows_of(
     decode: Decode,
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[Row]:
-    """Describes what each row of host trajectories did, in order.
+    """Converts host trajectories to the rows that reward terms read, in order.
 
     Args:
-      t: the rows; every prompt has equally many.
+      t: the trajectories, of which every prompt has the same number.
       prompts: of the rows.
       decode: token ids -> text.
-      sizes: (height, width) of the images of each prompt in their files, if they were made smaller for it.
+      sizes: (height, width) of the images of each prompt in their files, if the prompt has smaller ones.
     """
     n = len(t.stop) // len(prompts.length)
     rows = []
@@ -235,27 +235,26 @@ def _call(
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """The paper's constants. Each switch names the released code's behaviour as its second value."""
+    """The reward, with the paper's constants. The second value of each switch is the released code's behaviour."""
 
     # (name, weight) of each term of the sum: built in (answer, curiosity, budget, length, overlap), or the user's own
     # `module:function` (docs/your-own-reward.md).
     terms: tuple[tuple[str, float], ...] = (("answer", 1.0), ("curiosity", 1.0), ("budget", 1.0), ("length", 1.0))
     alpha: float = 0.5  # weight of curiosity
-    beta: float = 0.05  # price of an operation beyond the budget
-    threshold: float = 0.3  # H, the rate of pixel-space reasoning below which curiosity pays
-    budget: int = 1  # N, operations that cost nothing
+    beta: float = 0.05  # penalty of an operation beyond the budget
+    threshold: float = 0.3  # H, the rate of pixel-space reasoning below which there is a curiosity bonus
+    budget: int = 1  # N, operations without a penalty
     form: Literal["paper", "released"] = "paper"  # of the sum: the paper's equation, or the released code's
-    scorer: ScorerConfig = ScorerConfig()  # what makes an answer right
+    scorer: ScorerConfig = ScorerConfig()  # the rules by which an answer is right
     unparsable: Literal[0, -1] = 0  # reward of a response without any answer
-    count: Literal["executed", "requested"] = (
-        "executed"  # operations that returned pixels, or every call, failed or not
-    )
-    zero_after_failure: bool = False  # no credit for an answer that directly follows a failed operation
-    # DAPO's soft overlong punishment: nothing up to `length_limit - length_buffer` tokens that the policy chose, -1 from
-    # `length_limit` on, a straight line between. 0: off.
+    # The operations that count: those that returned pixels, or all calls, failed or not.
+    count: Literal["executed", "requested"] = "executed"
+    zero_after_failure: bool = False  # whether an answer directly after a failed operation scores 0
+    # DAPO's soft overlong penalty of the tokens that the policy chose: 0 up to `length_limit - length_buffer` tokens, -1 from
+    # `length_limit` on, and linear between them. 0: off.
     length_limit: int = 0
-    length_buffer: int = 0  # tokens before `length_limit` from which on length costs
-    box: str = "box"  # the field of an example with the reference box that the term "overlap" compares with
+    length_buffer: int = 0  # the tokens before `length_limit` over which the penalty grows
+    box: str = "box"  # the field of an example with the reference box of the term "overlap"
 
     def __post_init__(self):
         names = [name for name, _ in self.terms]
@@ -280,14 +279,14 @@ def curiosity_reward(
     form: Literal["paper", "released"] = "paper",
     is_video: AnyArray | None = None,
 ) -> AnyArray:
-    """The shaped reward of each rollout, float32 [groups, n], from its correctness and its number of visual operations.
+    """Computes the shaped reward of each rollout, float32 [groups, n], from its correctness and number of visual operations.
 
         r' = r + alpha max(H - RaPR, 0) 1[n_vo > 0] + beta min(N - n_vo, 0)        RaPR: share of the group with n_vo > 0
 
-    so among 8 rollouts a single one that looks closer gains .5 (.3 - 1/8) = .0875, and each operation beyond the first
-    costs .05. The `released` code instead pays max(H - RaPR, 0) / RaPR x .25 / (1.5 for a video, 2 for an image), with
-    alpha / 2 in the place of .25 here, so that the default is the same; it needs `is_video` bool [groups].
-    Pure, for NumPy and (traced) JAX arrays.
+    With the defaults, the only one of 8 rollouts that uses an operation gains .5 (.3 - 1/8) = .0875, and each operation beyond
+    the first costs .05. The bonus of the `released` code is max(H - RaPR, 0) / RaPR x .25 / (1.5 for a video, 2 for an image);
+    here alpha / 2 replaces .25, which is the same by default. It needs `is_video` bool [groups].
+    The function is pure and takes NumPy or (traced) JAX arrays.
     """
     xp = jnp if any(isinstance(x, jax.Array) for x in (correct, num_ops, is_video)) else np
     correct, num_ops = xp.asarray(correct, xp.float32), xp.asarray(num_ops)
@@ -298,7 +297,7 @@ def curiosity_reward(
 
 
 def _bonus(num_ops, alpha, threshold, form, is_video) -> AnyArray:
-    """The bonus of rows that look, in groups that look less often than the threshold: [groups, n]."""
+    """The bonus of rows with an operation, in groups whose rate is below the threshold: [groups, n]."""
     xp = jnp if any(isinstance(x, jax.Array) for x in (num_ops, is_video)) else np
     looked = num_ops > 0
     rapr = xp.mean(looked.astype(xp.float32), axis=1, keepdims=True)
@@ -322,7 +321,7 @@ def _penalty(num_ops, beta, budget) -> AnyArray:
 
 
 def overlong(lengths: AnyArray, *, limit: int, buffer: int) -> AnyArray:
-    """The soft punishment of responses of `lengths` tokens, in [-1, 0], float32 (DAPO, arXiv:2503.14476, eq. 13)."""
+    """The soft penalty of responses of `lengths` tokens, in [-1, 0], float32 (DAPO, arXiv:2503.14476, eq. 13)."""
     beyond = np.asarray(lengths, np.float32) - (limit - buffer)
     line = -beyond / max(buffer, 1)
     return np.where(beyond <= 0, 0.0, np.where(beyond > buffer, -1.0, line)).astype(np.float32)
@@ -338,7 +337,7 @@ def _operations(rows: Sequence[Row], config: RewardConfig) -> np.ndarray:
 
 
 def answer_term(config: RewardConfig) -> Term:
-    """The score of the answer by the rules of `config.scorer`; `config.unparsable` where there is no answer."""
+    """The score of the answer by the rules of `config.scorer`; `config.unparsable` if there is no answer."""
     scorer = Scorer(config.scorer)
 
     def answer(rows: Sequence[Row], examples: Sequence[Any]) -> np.ndarray:
@@ -349,7 +348,7 @@ def answer_term(config: RewardConfig) -> Term:
 
 
 def curiosity_term(config: RewardConfig) -> Term:
-    """The bonus of rows that look: `alpha` times what their group's rate lacks of `threshold`."""
+    """The curiosity bonus of rows with an operation: `alpha` times (`threshold` - their group's rate), if positive."""
 
     def curiosity(rows: Sequence[Row], example: Any) -> np.ndarray:
         is_video = np.array([rows[0].is_video])
@@ -369,7 +368,7 @@ def budget_term(config: RewardConfig) -> Term:
 
 
 def length_term(config: RewardConfig) -> Term:
-    """The punishment `overlong`, if there is a `length_limit`."""
+    """The penalty `overlong`, if there is a `length_limit`."""
 
     def length(rows: Sequence[Row], examples: Sequence[Any]) -> np.ndarray:
         lengths = np.array([len(row.tokens) for row in rows])
@@ -381,12 +380,10 @@ def length_term(config: RewardConfig) -> Term:
 
 
 def overlap_term(config: RewardConfig) -> Term:
-    """The overlap of the best of a row's crops with the reference box of the example.
+    """The largest overlap of a row's crops with the reference box of the example.
 
-    It is their intersection over their union, in [0, 1]; 0 without a crop.
-
-    The example's field `config.box` has x1, y1, x2, y2 in pixels of its first image, or a list of several such boxes, any
-    of which will do.
+    It is the intersection over the union, in [0, 1]; 0 without a crop. The example's field `config.box` has x1, y1, x2, y2 in
+    pixels of its first image, or a list of such boxes, of which the nearest counts.
     """
 
     def overlap(row: Row, example: Any) -> float:
@@ -424,8 +421,8 @@ def find_term(name: str, config: RewardConfig) -> Term:
     """Finds the term of this name: built in, or the user's `module:function`, which is imported.
 
     Raises:
-      NamedError: there is none.
-      RewardError: what is there is neither a function nor a `Term`.
+      NamedError: there is no such term.
+      RewardError: the object of this name is neither a function nor a `Term`.
     """
     if name in BUILT_IN:
         return BUILT_IN[name](config)
@@ -442,7 +439,7 @@ class Rewards:
 
     Args:
       config: names and weights of the terms.
-      terms: by their names, all that `config.terms` mentions.
+      terms: {name: term} for all names of `config.terms`.
       decode: token ids -> text.
     """
 
@@ -451,7 +448,7 @@ class Rewards:
 
     @classmethod
     def of(cls, config: RewardConfig, decode: Decode, own: Mapping[str, Term] = {}) -> "Rewards":
-        """Finds the terms that `config` names, unless they are in `own`. The user's code is imported here."""
+        """Finds the terms that `config` names, unless they are in `own`. User code is imported here."""
         terms = {name: own[name] if name in own else find_term(name, config) for name, _ in config.terms}
         return cls(config, terms, decode)
 
@@ -482,10 +479,10 @@ class Rewards:
         )
 
     def values(self, rows: Sequence[Row], examples: Sequence[Any], n: int, first: int = 0) -> dict[str, np.ndarray]:
-        """The values of each term for all rows, [R], before its weight."""
+        """Computes the values [R] of each term for all rows, without its weight."""
         return {name: evaluate(name, term, rows, examples, n, first) for name, term in self.terms.items()}
 
 
 def total(terms: Iterable[np.ndarray]) -> np.ndarray:
-    """The sum of terms, float32: added in their order and in their own types, and rounded at the end."""
+    """Sums terms in their order and in their own types, and rounds the sum to float32."""
     return np.asarray(functools.reduce(np.add, terms)).astype(np.float32)

@@ -31,33 +31,35 @@ from pixel_jax.training.writers import WriterName
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """The paper's settings, and the released code's where the paper says nothing. The sections have the switches."""
+    """The settings of RL: the paper's, and the released code's where the paper gives none."""
 
-    iterations: int  # rollouts; an iteration makes as many updates as its rows fill train batches
-    prompts: int = 512  # an iteration
-    train_batch: int = 256  # rows an update
+    iterations: int  # rollouts; each is followed by one update for every `train_batch` rows
+    prompts: int = 512  # of an iteration
+    train_batch: int = 256  # rows of an update
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of a group's rewards; RLOO leaves the row itself out
     scale_by_std: bool = False  # GRPO as published divides by the group's deviation, the released code does not
-    # Rows that ran out of calls, images or tokens before they answered carry no loss, good or bad (Mini-o3's over-turn
-    # masking, arXiv:2509.07969; DAPO's overlong filtering). Their rewards still count in their group's mean, and they in the
-    # loss's denominator, unless `loss.masked_traces` says otherwise.
+    # Whether rows that ran out of calls, images or tokens before they answered carry no loss (Mini-o3's over-turn masking,
+    # arXiv:2509.07969; DAPO's overlong filtering). Their rewards still count in the mean of their group, and the rows in the
+    # loss's denominator, unless `loss.masked_traces` leaves them out.
     mask_unfinished: bool = False
     replay: ReplayConfig = ReplayConfig()
     loss: PolicyLossConfig = PolicyLossConfig()
-    # The ratio's denominator: recomputed by the trainer before the updates, or as the sampler recorded it (one forward less).
+    # The ratio's denominator: recomputed by the trainer before the updates, or the sampler's, which saves a forward pass.
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
-    trainable: str = ".*"  # the vision tower is trained, too
+    trainable: str = (
+        ".*"  # regular expression of the paths of trained weights; by default all, the vision tower included
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
-    packing: PackingConfig | None = None  # of an update's rows; None: each keeps a row, as long as the longest may be
+    packing: PackingConfig | None = None  # of an update's rows; None: rows are not packed, and have the greatest length
     forward: ForwardConfig = ForwardConfig()
     seed: int = 0  # of sampling and of the replay
-    # Every so many iterations the rows' operations are carried out again, alone, to say how long they take
-    # (`seconds_operations`, part of `seconds_rollout`): inside the rollout's program nothing can be timed. 0: never.
+    # Every so many iterations the rows' operations are repeated on their own to measure their time (`seconds_operations`, which
+    # is part of `seconds_rollout`), because nothing can be timed inside the rollout's program. 0: never.
     time_operations: int = 0
-    save_every: int = 1  # iterations: a checkpoint
-    keep: int = 2  # checkpoints, the newest
+    save_every: int = 1  # iterations between two checkpoints
+    keep: int = 2  # the number of newest checkpoints that are kept
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
 
     def __post_init__(self):
@@ -93,7 +95,7 @@ class RLConfig:
 
 
 class Learner:
-    """What the stages of an iteration work with: compiled steps, the replay, and the meshes."""
+    """The objects that the stages of an iteration use: compiled steps, the replay, and the meshes."""
 
     def __init__(
         self,
@@ -117,10 +119,10 @@ class Learner:
         self.policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
         self.replay = Replay(config.replay, config.seed, self.shard)
         self.throughput = Throughput(model, config.trainable, mesh)
-        self.timer = Timer()  # of the iteration under way
+        self.timer = Timer()  # of the current iteration
 
     def begin(self, model: Model) -> TrainState:
-        """The state before the first iteration."""
+        """Makes the state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def place(self, rows: Batch) -> Batch:
@@ -128,14 +130,14 @@ class Learner:
         return rows if self.mesh is None else shard_batch(rows, self.mesh)
 
     def ask(self, i: int) -> Questions:
-        """The questions of iteration `i`. ValueError: the data has not as many prompts as the configuration says."""
+        """Reads the questions of iteration `i`. ValueError: their number is not that of the configuration."""
         questions = Questions(i, *NOTICE.next(self.data))
         if (count := len(questions.examples) * self.shard.count) != self.config.prompts:
             raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
         return questions
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
-        """Takes iteration `i` through every stage. It is given up if the run is told to stop before its updates."""
+        """Runs iteration `i`. It is abandoned if the run is to stop before its updates."""
         stages, self.timer = self.stages, Timer()
         questions = self.ask(i)
         self.timer.lap("input")
@@ -154,7 +156,7 @@ class Learner:
 
 
 def rollout_metrics(weighed: Weighed) -> dict[str, float]:
-    """The metrics of an iteration's rows."""
+    """Computes the metrics of an iteration's rows."""
     scored, t = weighed.scored, weighed.scored.collected.records
     ops = executed_calls(t)
     lengths = np.sum(t.loss_mask, axis=1)
@@ -170,9 +172,9 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
         "nonzero_variance": np.mean(weighed.nonzero_variance),  # share of groups
         "response_tokens": np.mean(lengths),
         "response_tokens_max": np.max(lengths),
-        "row_tokens": np.mean(np.sum(t.valid, axis=1)),  # prompt and what was shown included
+        "row_tokens": np.mean(np.sum(t.valid, axis=1)),  # prompt and observations included
         "finished": np.mean(t.stop == STOP_ANSWER),
-        # Share of this process's rows with a turn that looks like a call and is none in the format that is read.
+        # Share of this process's rows with a turn that looks like a call but is not one in the call format.
         "unrecognised_calls": unrecognised_rate(
             [row.response for row in scored.rows], scored.collected.questions.prompts.tables.parser.language
         ),
@@ -195,15 +197,15 @@ def rl(
 ) -> Model:
     """Trains a model by reinforcement learning: `config.iterations` iterations through `stages`, each with several updates.
 
-    Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration that is
-    told to stop before its updates is given up, because it may last longer than there is time. With several processes each has
-    its shard of the prompts, the same on both meshes, and only rewards and records of its rows are gathered. Pixels are not
-    kept: they are cut again from the prompts' images where a row is scored or trained on.
+    Every key and every order follows from `config.seed` and the iteration, so that a resumed run has the same result. If the run
+    is to stop before the updates of an iteration, the iteration is abandoned, because it may last too long. With several
+    processes each has its shard of the prompts, the same on both meshes, and only rewards and records of its rows are gathered.
+    Pixels are not kept: they are computed again from the prompts' images where a row is scored or trained on.
 
     Args:
-      model: that is trained; it stays usable.
-      data: yields prompts, an example for each (whatever the reward reads), and if these differ from what the prompts have
-        the sizes of its images (`stages.Questions`); it has `get_state` and `set_state`.
+      model: the model to train; it stays usable.
+      data: yields the fields of `stages.Questions` after `iteration`: prompts, an example for each (which the reward reads), and
+        the sizes of their images in the files if the prompts have smaller ones; it has `get_state` and `set_state`.
       stages: the functions of an iteration.
       config: of the run.
       directory: as in `sft`.

@@ -1,4 +1,4 @@
-"""Scores responses by named rules, which a config chooses, and by a judge."""
+"""Scores responses by named rules, which a config chooses, and by a language model as a judge."""
 
 import dataclasses
 import re
@@ -16,14 +16,14 @@ from pixel_jax.training.released_scorer import released_score
 
 
 class Reference(NamedTuple):
-    """The right answers of a question. `question` is read for its choices, and shown to a judge."""
+    """The right answers of a question. The rule "choice" reads the options in `question`, and a judge is shown it."""
 
     answers: tuple[str, ...]
     question: str = ""
 
     @classmethod
     def of(cls, value: Any) -> "Reference":
-        """Makes one of a data row's answer, boxed or not, one or several; or of an example with `answer` and `question`."""
+        """Makes a reference of a data row's answer (boxed or not, one or several), or of an example."""
         if isinstance(value, cls):
             return value
         if hasattr(value, "answer"):
@@ -31,14 +31,12 @@ class Reference(NamedTuple):
         return cls(tuple(references_of(value)))
 
 
-Rule = Callable[
-    [str, Reference], float | None
-]  # (all that the model wrote, reference) -> score; None: it has no answer
+Rule = Callable[[str, Reference], float | None]  # (response, reference) -> score; None: the response has no answer
 RuleName = Literal["box", "released", "choice", "number", "anls", "judge"]
 
 
 def _given(score: Callable[[str, Reference], float]) -> Rule:
-    """Makes a rule that reads the answer that a response gives (`answers.given_answer`) and nothing else."""
+    """Makes a rule of a score of the answer that a response gives (`answers.given_answer`)."""
 
     def rule(response: str, reference: Reference) -> float | None:
         answer = given_answer(response)
@@ -59,18 +57,18 @@ RULES: dict[str, Rule] = {
     "box": lambda response, reference: answers.by_rule(response, reference.answers),
     "released": lambda response, reference: released_score(response, reference.answers),
     "choice": _choice,  # "A: Lion", "(A)", "Option A" or "lion" where the reference is A or Lion
-    "number": _given(lambda found, reference: any(answers.same_number(found, one) for one in reference.answers)),
-    "anls": _given(lambda found, reference: answers.anls(found, reference.answers)),
+    "number": _given(lambda answer, reference: any(answers.same_number(answer, one) for one in reference.answers)),
+    "anls": _given(lambda answer, reference: answers.anls(answer, reference.answers)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ScorerConfig:
-    """The rules are tried in order and the best score counts; the judge is asked only where they do not give 1."""
+    """The rules by which answers are right. The best score counts; the judge is asked only if no other rule gives 1."""
 
-    # What makes an answer right, in the order in which they are tried (`pixel_jax.training.scorers`).
+    # Names of rules, in the order in which they are tried (`pixel_jax.training.scorers`).
     rules: tuple[RuleName, ...] = ("box",)
-    judge: EndpointConfig | None = None  # the language model that is asked by the rule "judge"
+    judge: EndpointConfig | None = None  # the language model of the rule "judge"
 
     def __post_init__(self):
         if not self.rules or isinstance(self.rules, str):
@@ -83,8 +81,11 @@ class ScorerConfig:
             )
 
 
-LONGEST_JUDGED = 1000  # characters of an answer; longer ones may persuade the judge, and count as wrong
-FORMULA_SECONDS, FORMULA_SECONDS_A_ROW = 10.0, 0.05  # for one call, and for each of its responses; .02 are usual
+LONGEST_JUDGED = 1000  # characters of an answer; longer ones might persuade the judge, and count as wrong
+FORMULA_SECONDS, FORMULA_SECONDS_A_ROW = (
+    10.0,
+    0.05,
+)  # for one call, and for each of its responses, which usually take .02
 JUDGE_PROMPT = """\
 You grade answers to questions about images. You do not see the image; the reference answers are right.
 
@@ -107,12 +108,12 @@ CORRECT or INCORRECT."""
 class Scorer:
     """Scores many responses at once.
 
-    math-verify needs the main thread for its time limit, so rules run in the caller's thread; requests to the judge run side by
-    side. The formulas of all responses together take a limited time (`FORMULA_SECONDS`), however a policy writes them.
+    math-verify needs the main thread for its time limit, so rules run in the caller's thread; requests to the judge run
+    concurrently. The time for the formulas of all responses is limited (`FORMULA_SECONDS`), whatever a policy writes.
 
     Args:
       config: the rules.
-      endpoint: asked by the rule "judge"; by default the one that `config.judge` describes.
+      endpoint: of the rule "judge"; by default the one that `config.judge` describes.
     """
 
     def __init__(self, config: ScorerConfig, endpoint: Any = None):
@@ -121,7 +122,7 @@ class Scorer:
             self.endpoint = config.judge.connect()
 
     def __call__(self, responses: Sequence[str], references: Sequence[Reference]) -> list[float | None]:
-        """Scores R responses against R references: each in [0, 1], or None where there is no answer."""
+        """Scores R responses against R references: each in [0, 1], or None if the response has no answer."""
         scores: list[float | None] = []
         rules = [RULES[name] for name in self.config.rules if name != "judge"]
         with algebra.budget(FORMULA_SECONDS + FORMULA_SECONDS_A_ROW * len(responses)):
@@ -137,16 +138,16 @@ class Scorer:
             to_judge = [
                 None if score == 1.0 else given_answer(text) for score, text in zip(scores, responses, strict=True)
             ]
-            asked = {(x, reference) for x, reference in zip(to_judge, references, strict=True) if x is not None}
+            pairs = {(x, reference) for x, reference in zip(to_judge, references, strict=True) if x is not None}
             with ThreadPoolExecutor(self.config.judge.workers) as pool:
-                verdicts = dict(zip(asked, pool.map(lambda pair: self.verdict(*pair), asked), strict=True))
+                verdicts = dict(zip(pairs, pool.map(lambda pair: self.verdict(*pair), pairs), strict=True))
             for i, (x, reference) in enumerate(zip(to_judge, references, strict=True)):
                 if x is not None:
                     scores[i] = max(scores[i] or 0.0, verdicts[x, reference])
         return scores
 
     def verdict(self, answer: str, reference: Reference) -> float:
-        """The judge's verdict: 1 for a right answer, else 0. It is 0 too where the judge gives none, which is logged."""
+        """Asks the judge: 1 for a right answer, else 0. A reply without a verdict is logged, and counts as 0."""
         if len(answer) > LONGEST_JUDGED:
             return 0.0
         prompt = JUDGE_PROMPT.format(
@@ -172,15 +173,15 @@ def score_answer(
     question: str = "",
     rules: Sequence[RuleName] = ("box",),
 ) -> float | None:
-    r"""Scores a response: in [0, 1], or None where no answer can be read in it.
+    r"""Scores a response in [0, 1]; None if it has no answer.
 
     Args:
       response: all that the model wrote. Its answer is the content of the last \boxed{}, else what is within the last <answer>.
       references: the right answer, or several of which any is right; each may be boxed.
-      question: read for its options by the rule "choice".
-      rules: of which the best verdict counts. "box": the same text, number, list or formula, as a person would say (and
-        without a box the last number); "released": Pixel Reasoner's scorer, faults included; "choice": the same option, by
-        letter or text; "number": the same count, in digits or words; "anls": the similarity of DocVQA and InfographicVQA.
+      question: the rule "choice" reads the options in it.
+      rules: the rules, of which the best score counts. "box": the same text, number, list or formula, compared as a person
+        would (without a box the last number); "released": Pixel Reasoner's scorer, faults included; "choice": the same option,
+        by letter or text; "number": the same count, in digits or words; "anls": the similarity of DocVQA and InfographicVQA.
 
     Raises:
       ValueError: an unknown rule, or no reference.

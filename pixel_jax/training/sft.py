@@ -31,19 +31,19 @@ EPOCHS = 4  # of the released warm start
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """Batch, learning rate and warm-up of the paper; the released script's cosine to zero and frozen vision tower."""
+    """The settings of SFT: the paper's batch, learning rate and warm-up; schedule and frozen tower of the released script."""
 
-    steps: int | None = None  # updates; None: as many as `epochs` make
-    epochs: float | None = None  # passes over the data, in the place of `steps`. None, and no `steps`: the recipe's 4
+    steps: int | None = None  # updates; None: they follow from `epochs`
+    epochs: float | None = None  # passes over the data, instead of `steps`. None, and no `steps`: the recipe's 4
     batch_size: int = 128  # rows (the released script: 16)
     trainable: str = "(?!visual)"  # paths of the weights that are trained, a regular expression
     normalizer: Normalizer = "row"  # the mean of the rows' means, or the mean of all tokens
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup=0.1, final_fraction=0.0)
     forward: ForwardConfig = ForwardConfig()
-    save_every: int = 100  # steps: a checkpoint
-    keep: int = 2  # checkpoints, the newest
-    # Keep the checkpoints of the start and of the first epoch, too: `unlearn-jax erase --run` can then repeat the training
-    # from the last one before an example was first seen.
+    save_every: int = 100  # steps between two checkpoints
+    keep: int = 2  # the number of newest checkpoints that are kept
+    # Whether the checkpoints of the start and of the first epoch are kept, too, so that `unlearn-jax erase --run` can repeat the
+    # training from the last one before an example was used.
     replayable: bool = False
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
 
@@ -53,7 +53,7 @@ class SFTConfig:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one follows from the other")
 
     def updates(self, epoch: float | None) -> int:
-        """The number of updates of the run. `epoch` is that of a pass over the data; None: it is not known."""
+        """The number of updates of the run. `epoch` is the number of updates of a pass over the data; None: unknown."""
         if self.steps is not None:
             return self.steps
         if epoch is None:
@@ -73,13 +73,13 @@ class Tuning:
         self.throughput = Throughput(model, config.trainable, mesh)
 
     def work(self, label: str) -> RunSteps:
-        """The steps as a loop takes them."""
+        """Makes the steps for a `Loop`."""
         shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
         host: dict[str, Any] = {"data": self.data}
         return RunSteps(label, self.steps, self.step, host=host, shown=shown)
 
     def begin(self, model: Model) -> TrainState:
-        """The state at step 0."""
+        """Makes the state at step 0."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
@@ -111,18 +111,18 @@ def sft(
     label: str = "sft",
     watch: Observer | None = None,
 ) -> Model:
-    """Tunes a model on traces: `config.updates(epoch)` updates.
+    """Tunes a model on traces, by `config.updates(epoch)` updates.
 
-    With a `directory` the run can be resumed: started again, it continues from its newest checkpoint, if it is the same run, of
-    the same `config` and the same `identity`. With several processes `data` yields this one's shard of each batch
-    (`process_shard(mesh)`), and its state is the same in all.
+    With a `directory` the run can be resumed: started again with the same `config` and `identity`, it continues from its newest
+    checkpoint. With several processes `data` yields this one's shard of each batch (`process_shard(mesh)`), and its state is the
+    same in all.
 
     Args:
-      model: that is tuned; it stays usable.
+      model: the model to tune; it stays usable.
       data: yields batches of host arrays; it has Grain's `get_state` and `set_state`.
       config: of the run.
       directory: for checkpoints and metrics; None: nothing is written.
-      identity: what tells the run from others besides `config`.
+      identity: the identity of the run besides `config`.
       mesh: None: one device.
       epoch: number of batches in a pass over the data; with it the metrics count the passes.
       label: what the terminal calls the run.
@@ -147,10 +147,10 @@ def sft(
 
 
 class Replayed(NamedTuple):
-    """The result of a run that was repeated."""
+    """The result of `replay`."""
 
     model: Model
-    begun: int  # the step after which the repetition began; 0: the start
+    begun: int  # the step after which the replay began; 0: the start
 
 
 def replay(
@@ -167,11 +167,11 @@ def replay(
     """Repeats a run of `sft` to its end. Nothing is written.
 
     Args:
-      model: that the run began with.
-      data: the run's batches in their order. The first that differs from the run's is that of step `before`.
+      model: the model with which the run began.
+      data: the batches in the order of the run. Those before step `before` are the run's.
       config: of the run.
       early: directory of the checkpoints that a `replayable` run has kept. It need not exist.
-      before: the replay begins at the last whole checkpoint that has seen no batch from this one on.
+      before: the replay begins at the last whole checkpoint at or before this step.
       mesh: of the run.
       epoch: as in `sft`.
       label: what the terminal calls it.
@@ -185,9 +185,9 @@ def replay(
                     warn(f"{early}: checkpoint {step} is damaged ({reason}); the replay begins earlier")
                     continue
                 like = loop.state._replace(rest=())
-                found = checkpoints.restore(like, mesh=mesh, step=step, base=fingerprint(loop.state.rest))
-                loop.state, loop.done = found.state._replace(rest=loop.state.rest), step
-                data.set_state(found.host["data"])
+                restored = checkpoints.restore(like, mesh=mesh, step=step, base=fingerprint(loop.state.rest))
+                loop.state, loop.done = restored.state._replace(rest=loop.state.rest), step
+                data.set_state(restored.host["data"])
                 break
     begun = loop.done
     return Replayed(loop.run().model, begun)

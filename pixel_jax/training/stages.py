@@ -2,8 +2,8 @@
 
     Questions -> collect -> Collected -> score -> Scored -> advantages -> Weighed -> select -> Selected -> update -> Updated
 
-Each stage is a function `stage(learner, state, value)`; `Stages` names them, so that the user's own can replace any. A stage that
-watches and changes nothing wraps another:
+Each stage is a function `stage(learner, state, value)`; `Stages` names them, so that users can replace any of them. A stage that
+only observes wraps another:
 
     def watched(learner, state, scored):
         print(scored.reward.mean())
@@ -38,14 +38,13 @@ if TYPE_CHECKING:
 
 
 class Questions(NamedTuple):
-    """The questions of an iteration: this process's shard."""
+    """This process's shard of the questions of an iteration."""
 
     iteration: int
     prompts: HostPrompts
-    examples: Sequence[Any]  # what each prompt was made of; the reward reads it
-    sizes: Sequence[Sequence[tuple[int, int]]] | None = (
-        None  # (height, width) of its images in their files, if these differ
-    )
+    examples: Sequence[Any]  # the example of each prompt, which the reward reads
+    # (height, width) of the images of each prompt in their files; None: those of the prompts.
+    sizes: Sequence[Sequence[tuple[int, int]]] | None = None
 
 
 class Collected(NamedTuple):
@@ -53,9 +52,9 @@ class Collected(NamedTuple):
 
     questions: Questions
     trajectories: Trajectories[VisualRecord]  # this process's rows
-    records: Trajectories[VisualRecord]  # of all processes
+    records: Trajectories[VisualRecord]  # the rows of all processes
     shape: RolloutShape  # the static sizes of the rollout
-    metrics: Mapping[str, float] = {}  # for the metrics
+    metrics: Mapping[str, float] = {}  # further metrics of the iteration
 
     @property
     def row_shape(self) -> BatchShape:
@@ -67,10 +66,10 @@ class Scored(NamedTuple):
     """The rewards of the rows. Arrays are of all processes, [groups, n]."""
 
     collected: Collected
-    reward: np.ndarray  # float32, what the policy is trained on
-    terms: Mapping[str, np.ndarray]  # the weighted terms whose sum it is, by name
-    correct: np.ndarray | None = None  # float32, the score of each answer; None: the reward does not ask for it
-    rows: Sequence["Row"] = ()  # this process's rows as the terms saw them
+    reward: np.ndarray  # float32, the reward of each row
+    terms: Mapping[str, np.ndarray]  # the weighted terms whose sum is the reward, by name
+    correct: np.ndarray | None = None  # float32, the score of each answer; None: the reward has no term "answer"
+    rows: Sequence["Row"] = ()  # this process's rows as the terms read them
 
 
 class Weighed(NamedTuple):
@@ -82,7 +81,7 @@ class Weighed(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """The rows that updates train on, in order, `train_batch` at a time; none: there is nothing to learn from."""
+    """The rows that updates train on, in order, `train_batch` at a time. If nothing can be learned, there are none."""
 
     weighed: Weighed
     entries: Sequence[Entry]
@@ -92,7 +91,7 @@ class Updated(NamedTuple):
     """The state after the updates."""
 
     state: TrainState
-    metrics: Mapping[str, float]  # for the metrics
+    metrics: Mapping[str, float]  # of the updates
 
 
 def collect(
@@ -102,12 +101,12 @@ def collect(
 
     Args:
       learner: of the run.
-      state: whose policy answers.
+      state: the state with the policy.
       questions: of this process.
       roll: is called instead of `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
 
     Raises:
-      Preempted: the run is to stop here; a rollout may last longer than there is time.
+      Preempted: the run is to stop; the iteration is abandoned.
     """
     config, shard, count = learner.config, learner.shard, len(questions.examples)
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
@@ -130,13 +129,13 @@ def collect(
 
 
 def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
-    """Collects where tools run on the host, with their counts among the metrics. Such a run may not be repeatable."""
+    """Collects with tools on the host, and adds their counts to the metrics. Such a run may not be reproducible."""
     collected = collect(learner, state, questions, roll=rollouts)
     return collected._replace(metrics={**collected.metrics, **rollouts.metrics()})
 
 
 def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed:
-    """Compares each row's reward with its group's, as `config` says."""
+    """Computes each row's advantage in its group, with the settings of the run."""
     config = learner.config
     return Weighed(
         scored,
@@ -146,14 +145,14 @@ def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed
 
 
 def select(learner: "Learner", state: TrainState, weighed: Weighed) -> Selected:
-    """Selects the rows of groups whose rewards differ, and those that `config.replay` puts in place of the others."""
+    """Selects the rows of groups whose rewards differ, and the replacements of the others by `config.replay`."""
     rows = training_rows(learner, state, weighed)
     keep = np.repeat(weighed.nonzero_variance, learner.config.rollout.group_size)
     return Selected(weighed, learner.replay.select(rows, keep, weighed.scored.collected.row_shape) or [])
 
 
 def update(learner: "Learner", state: TrainState, selected: Selected) -> Updated:
-    """Makes as many updates as the rows fill train batches. The metrics are means over them."""
+    """Makes an update for every `train_batch` selected rows. The metrics are means over the updates."""
     config, collected = learner.config, selected.weighed.scored.collected
     updates, reports = len(selected.entries) // config.train_batch, []
     for u in range(updates):
@@ -190,12 +189,12 @@ class Stages:
 
 
 def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Rows:
-    """This process's rows as they are trained on, with their advantages.
+    """Makes the batch of this process's rows, with their advantages and old log-probabilities.
 
-    The trainer's own log-probabilities are computed, unless the config takes the sampler's or no row will be trained on.
+    The latter are recomputed by the trainer, unless the config takes the sampler's or no row will be trained on.
 
     Raises:
-      Preempted: the run is to stop here.
+      Preempted: the run is to stop; the iteration is abandoned.
     """
     config, collected = learner.config, weighed.scored.collected
     trajectories, prompts = collected.trajectories, collected.questions.prompts
@@ -214,7 +213,7 @@ def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Ro
 
 
 def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: Collected) -> np.ndarray:
-    """Log-probabilities of the rows under the policy that is about to be trained, float32 [R, L]."""
+    """Computes log-probabilities of the rows under the policy before its updates, float32 [R, L]."""
     model, logprobs = state.model, []
     size = learner.config.train_batch // learner.shard.count
     for start in range(0, len(rows.images), size):
@@ -225,7 +224,7 @@ def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: C
 
 
 def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[Visual]:
-    """The rows with their pixels, cut again from the images of their prompts."""
+    """Returns the rows with their pixels, which are computed from the images of their prompts."""
     batch, images = rows
     assert batch.visual is not None
     visual = materialize(batch.visual, images, collected.shape, learner.config.rollout, learner.mesh)
@@ -234,7 +233,7 @@ def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[V
 
 
 def mask_unfinished(batch: Batch[VisualRecord], stop: AnyArray) -> Batch[VisualRecord]:
-    """Empties the loss mask of rows that did not end in an answer (`stop` int32 [R]); they are never replayed either."""
+    """Clears the loss mask and advantage of rows without an answer (`stop` int32 [R]), so that they are not replayed either."""
     finished = stop == STOP_ANSWER
     return batch._replace(
         loss_mask=batch.loss_mask & finished[:, None],

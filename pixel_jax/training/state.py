@@ -1,4 +1,4 @@
-"""The training state, and its policy as a rollout reads it: on another mesh, or in a narrower type."""
+"""The training state, and its model for rollouts: on another mesh, or in a narrower type."""
 
 import functools
 import re
@@ -20,21 +20,21 @@ T = TypeVar("T")
 
 
 class TrainState(NamedTuple):
-    """What a step carries to the next one, a pytree. `trainable` and `rest` are the two halves of the model."""
+    """The state of training, a pytree. `trainable` and `rest` together are the model."""
 
-    trainable: Params  # {Hugging Face path: weight}, float32 (or wider): what the optimiser moves
-    rest: Params  # the model without them, in the type it came in
+    trainable: Params  # {Hugging Face path: weight}, float32 or wider: the weights that the optimiser updates
+    rest: Params  # the model without these weights, in its own types
     opt_state: optax.OptState
     step: jax.Array  # int32 []
 
     @property
     def model(self) -> Model:
-        """The whole model, of the same buffers: a step that donates this state takes them away."""
+        """The whole model. It shares the state's buffers, which are gone after a step that donates the state."""
         return _joined(self.trainable, self.rest)
 
 
 def _joined(trainable: Params, rest: Params) -> Model:
-    """The model of its two halves."""
+    """Combines the trained weights and the rest to the model."""
     return combine({path: value_of(weight) for path, weight in trainable.items()}, rest)
 
 
@@ -43,14 +43,14 @@ def init_state(
 ) -> TrainState:
     """Makes a state at step 0.
 
-    The state has arrays of its own: `model` stays usable when a step donates the state. Weights to be trained become float32.
+    The state shares no arrays with `model`, which stays usable when a step donates the state. Trained weights become float32.
 
     Args:
-        model: that is trained.
-        optimizer: that makes the state of the weights' moments.
-        trainable: regular expression that the paths of trained weights match from their start. Paths are Hugging Face's:
+        model: the model to train.
+        optimizer: makes the state of the weights' moments.
+        trainable: regular expression that matches the beginnings of the paths of trained weights. Paths are Hugging Face's:
             `(?!visual)` freezes the vision tower, `.*lora_` trains adapters only.
-        mesh: where arrays lie; None: on one device.
+        mesh: of the arrays; None: one device.
 
     Raises:
         ValueError: no path matches.
@@ -59,9 +59,9 @@ def init_state(
     if not any(pattern.match(path) for _, path, _ in named_weights(model)):
         raise ValueError(f"no weight's path matches trainable = {trainable!r}")
     if mesh is not None:
-        model = shard(model, mesh)  # wherever it lies
+        model = shard(model, mesh)  # from any other placement
     selected, rest = split(model, lambda path, _: pattern.match(path) is not None)
-    # The weights and their moments keep the metadata of the variables, which says where they lie on the mesh.
+    # The weights and their moments keep the metadata of the variables, which has their sharding.
     variables = {path: weight for _, path, weight in named_weights(rest) if path in selected}
 
     def build(selected, rest):
@@ -91,11 +91,11 @@ def cast(model: T, dtype: str | None) -> T:
 class Resharder:
     """Moves the model of a state from the mesh `source` to the mesh `target`, on the devices.
 
-    Base weights are cast to `dtype` before they move (None: they keep the state's type). It is the type in which training steps
-    compute: a rollout reads the weights for every token, and its caches are of the same type.
+    Base weights are cast to `dtype` before they move (None: they keep the state's type). It should be the type in which training
+    steps compute: a rollout reads the weights for every token, and its caches have the same type.
 
-    Frozen weights are moved once and kept; after that only the trained weights move. Both meshes have the same devices, and every
-    process has the same shard of a batch on both.
+    Frozen weights are moved once and kept; later only trained weights move. Both meshes must have the same devices, and every
+    process the same shard of a batch on both.
     """
 
     def __init__(self, source: Mesh | None, target: Mesh | None, dtype: str | None = None):
@@ -115,7 +115,7 @@ class Resharder:
         if self.target is None:
             return self._cast(state.model)
         if self.frozen is None:
-            # A copy, even of weights that stay where they are: the next update takes the state's buffers away.
+            # A copy even of weights that are not moved, because the next update donates the state's buffers.
             copied = self._cast(jax.tree.map(jax.numpy.copy, state.rest))
             self.frozen = jax.device_put(copied, shardings(copied, self.target))
         trainable = self._cast(state.trainable)
@@ -128,7 +128,7 @@ class Resharder:
 
 @functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
 def _cast(tree, dtype: str, mesh: Mesh | None):
-    """Casts on each device its shard. Arrays of that type already are passed on, not copied."""
+    """Casts each shard on its device. Arrays that have the type already are not copied."""
     narrow = cast(tree, dtype)
     if mesh is None:
         return narrow

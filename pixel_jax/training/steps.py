@@ -1,4 +1,4 @@
-"""The three jitted steps: tuning, reinforcement learning, scoring. Factories make them; they are called with arrays only."""
+"""The three jitted steps: SFT, RL and scoring. Factories make them; they take only arrays."""
 
 import contextlib
 import dataclasses
@@ -46,20 +46,22 @@ from pixel_jax.training.state import TrainState, cast
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    """How a step runs the model; none of it changes what is computed, up to rounding."""
+    """How a step runs the model. The settings change the results only by rounding."""
 
-    # The rows of a batch are taken in so many turns. None: in as few as fit the device's memory.
+    # The number of micro-batches of a batch. None: the smallest with which the step fits the device's memory.
     micro_batches: int | None = None
-    remat: Remat = True  # what the backward pass computes again: see `rematerialised`
+    remat: Remat = True  # what is recomputed in the backward pass: see `rematerialised`
     implementation: Literal["dense", "chunked", "kernel"] | None = None  # of attention; None: by size and platform
     logit_chunk: int = 256  # positions whose logits exist at once
-    compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as stored
+    compute_dtype: Literal["float32", "bfloat16"] | None = (
+        None  # weights are cast to it in the step; None: they are not
+    )
 
     def __post_init__(self):
         positive(self, "micro_batches", "logit_chunk")
 
     def turns(self, network: ModelConfig, batch: Batch[Visual], mesh: Mesh | None, *, held: int) -> int:
-        """In how many turns a step takes the rows of `batch`; `held` bytes of all devices together are taken already."""
+        """The number of micro-batches of `batch`; `held` bytes of all devices together are used already."""
         if self.micro_batches is not None:
             return self.micro_batches
         devices = 1 if mesh is None else mesh.size
@@ -88,7 +90,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def check_rows(values: AnyArray, what: str) -> None:
-    """Checks that all `values` [rows, ...] are finite. NonFiniteError: some are not; it names their rows."""
+    """Checks that all `values` [rows, ...] are finite; raises NonFiniteError, which names the rows, if some are not."""
     values = np.asarray(values)
     bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
     if bad.size:
@@ -97,10 +99,10 @@ def check_rows(values: AnyArray, what: str) -> None:
 
 
 def check_report(report: StepReport, step: int) -> dict[str, float]:
-    """The metrics as floats. Waits for the step.
+    """Waits for the step, and returns its metrics as floats.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite. It names the rows at fault.
+        NonFiniteError: a loss or gradient is not finite. The message names the rows at fault.
     """
     check_rows(report.rows, f"step {step}: the loss")
     metrics = {name: float(x) for name, x in jax.device_get(report.metrics).items()}
@@ -119,9 +121,9 @@ def trajectory_logprobs(
     later_temperature: float | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The log-probability of every token given those before it in its row, and the entropy there: float32 [R, L] each.
+    """Computes the log-probability of every token given those before it in its row, and the entropy: float32 [R, L] each.
 
-    They are those of the full distribution, scaled by the temperatures of a rollout. Positions that nothing predicts (a row's
+    They are those of the full distribution, scaled by the temperatures of a rollout. Positions that are not predicted (a row's
     first token, padding) hold arbitrary finite numbers.
     """
     model = cast(model, config.compute_dtype)
@@ -138,7 +140,7 @@ def trajectory_logprobs(
     predicted = predictions(batch.tokens, batch.valid)
     scale: jax.Array | float = temperature
     if later_temperature is not None:
-        # A turn's first token is predicted at the last position of the observation before it: temperatures move with targets.
+        # A turn's first token is predicted at the last position of the observation before it: temperatures shift like targets.
         temperatures = turn_temperature(batch.loss_mask, temperature, later_temperature, batch.segments)
         scale = predictions(temperatures, batch.valid).target
     logprobs, entropy = head_logprobs(model, hidden, predicted.target, scale, config.logit_chunk, mesh)
@@ -149,10 +151,10 @@ def trajectory_logprobs(
 def head_logprobs(
     model, hidden: jax.Array, target: jax.Array, temperature: jax.Array | float, chunk: int, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs` of the model's head. On a mesh every device takes chunks of the rows and positions that it has.
+    """Computes `token_logprobs` of the model's head. On a mesh every device computes chunks of its own rows and positions.
 
-    The head is copied to every device once, and the devices' gradients are added once. For a shared weight XLA would do both for
-    every chunk.
+    The head is copied to every device once, and the devices' gradients are added once. With a shared weight XLA would do both
+    for every chunk.
     """
 
     def of_target(head, hidden, target, temperature=temperature):
@@ -174,7 +176,7 @@ def head_logprobs(
 
 
 def split_rows(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
-    """[R, ...] -> [parts, R / parts, ...]. Part m has the rows m, m + parts, ..., so that every device has rows of each part."""
+    """Splits [R, ...] into [parts, R / parts, ...]. Part m has the rows m, m + parts, ..., so that all devices have some."""
 
     def split(x):
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -183,19 +185,19 @@ def split_rows(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
 
 
 def join_rows(x: jax.Array) -> jax.Array:
-    """The inverse of `split_rows`, for one array."""
+    """Inverts `split_rows`, for one array."""
     return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """A context for the tracing of a forward pass: it says where activations lie (`parallel.sharding.keep_rows`)."""
+    """A context for tracing a forward pass, which sets the mesh of activations (`parallel.sharding.keep_rows`)."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def loss_gradient(
     loss: Callable[..., LossSum], state: TrainState, batch: Batch, mesh: Mesh | None
 ) -> tuple[LossSum, Any]:
-    """`loss(model, batch)`, and the gradient of its total by the trained weights."""
+    """Computes `loss(model, batch)`, and the gradient of its total by the trained weights."""
 
     def total(trainable):
         value = loss(state._replace(trainable=trainable).model, batch)
@@ -203,7 +205,7 @@ def loss_gradient(
 
     with on_mesh(mesh):
         (_, value), grads = jax.value_and_grad(total, has_aux=True)(state.trainable)
-    if mesh is not None:  # each device keeps its shard of the sum, and never has the whole
+    if mesh is not None:  # each device has only its shard of the sum
         grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
     return value, grads
 
@@ -211,7 +213,7 @@ def loss_gradient(
 def summed_gradient(
     loss: Callable[..., LossSum], state: TrainState, batch: Batch, mesh: Mesh | None, turns: int
 ) -> tuple[LossSum, Any]:
-    """`loss_gradient` over `turns` micro-batches, one after the other, whose totals are summed."""
+    """Computes `loss_gradient` of `turns` micro-batches one after the other, and sums the results."""
     if turns == 1:
         return loss_gradient(loss, state, batch, mesh)
     parts = split_rows(batch, turns, mesh)
@@ -242,12 +244,12 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """Makes a jitted update from `loss(model, batch)`, whose totals are summed over micro-batches before they are divided.
 
-    It donates the state.
+    The update donates the state.
     """
 
     def step(state: TrainState, batch: Batch):
         rows = batch.tokens.shape[0]
-        # Beside the state lie the gradients, their sum over the turns, and the weights in the type of the computation.
+        # Besides the state there are the gradients, their sum over micro-batches, and the weights in the compute dtype.
         turns = config.turns(state.model.config, batch, mesh, held=bytes_of(state) + 3 * bytes_of(state.trainable))
         if rows % turns:
             raise ValueError(f"{rows} rows cannot be split into {turns} micro-batches")
@@ -258,7 +260,7 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = TrainState(optax.apply_updates(state.trainable, updates), state.rest, opt_state, state.step + 1)
-        if mesh is not None:  # outputs lie as the inputs do: no second compilation, and a layout that stays
+        if mesh is not None:  # the outputs have the sharding of the inputs, so that the step is compiled once
             new = jax.lax.with_sharding_constraint(new, shardings(new, mesh))
         tokens = jnp.maximum(value.sums["tokens"], 1.0)
         metrics = {key: x / tokens for key, x in value.sums.items() if key != "tokens"}
@@ -268,7 +270,7 @@ def make_step(
             "tokens": value.sums["tokens"],
         }
         rows = jnp.where(batch.weight > 0, value.rows, 0.0)
-        return new, StepReport(metrics, constrain(rows, mesh))  # whole on every device: any process can read it
+        return new, StepReport(metrics, constrain(rows, mesh))  # replicated, so that any process can read the rows
 
     step.__name__ = name
     return jax.jit(step, donate_argnums=0)
@@ -281,7 +283,7 @@ def make_sft_step(
     normalizer: Normalizer = "row",
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """Makes (state, batch) -> (state, report): a step of tuning on the tokens of the loss mask. `advantage` is not read."""
+    """Makes (state, batch) -> (state, report): a step of SFT on the tokens of the loss mask. `advantage` is ignored."""
 
     def loss(model, batch: Batch) -> LossSum:
         logprobs, entropy = trajectory_logprobs(model, batch, config, mesh=mesh)
@@ -303,8 +305,8 @@ def make_rl_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """Makes (state, batch) -> (state, report): a clipped policy-gradient step. Temperatures are those of the rollout.
 
-    With `loss_config.kl` the model has adapters, and the policy stays near the model without them, whose log-probabilities take
-    one more forward pass over the same base weights.
+    With `loss_config.kl` the reference is the model without its adapters, which takes one more forward pass over the same base
+    weights.
     """
     logprobs_of = functools.partial(
         trajectory_logprobs, config=config, temperature=temperature, later_temperature=later_temperature, mesh=mesh

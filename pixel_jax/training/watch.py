@@ -1,12 +1,11 @@
-"""What a run saves while it trains: evaluations on held-out examples ("looks"), a sample of its rollouts, and models.
+"""Evaluates a run on held-out examples ("looks") while it trains, and saves a sample of its rollouts, and models.
 
-Looks change nothing of what is learned: they draw from keys of their own, and do not touch the training's data and random
-state. In the directory of a phase are
+Looks do not change training: they have their own keys, and do not use its data or random state. In the directory of a phase are
 
     looks.jsonl           a line for every look: the number of steps done, and its metrics
-    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.transcript`)
-    traces/rollouts/      of every iteration of reinforcement learning some of its rows
-    best.json             which look the model in `best` beside the phase is of
+    traces/held_out/      conversations about a few fixed held-out examples at each look (`pixel_jax.evaluation.transcript`)
+    traces/rollouts/      some rows of every iteration of RL
+    best.json             the look of the model in `best`, which is beside the phase
 """
 
 import dataclasses
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
 
 LOOKS, BEST = "looks.jsonl", "best.json"
 HELD_OUT, ROLLOUTS = "held_out", "rollouts"
-USUAL_LOOKS = 5  # in a run, besides the one before its first step
+USUAL_LOOKS = 5  # of a run, besides the one before its first step
 VIEW_FIELDS = ("loss", "accuracy", "rapr", "finished", "questions")  # of a look, on the terminal
 Criterion = Literal["accuracy", "loss"]
-BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # higher, lower
+BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # the sign: 1 if higher is better, -1 if lower is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +43,12 @@ class WatchConfig:
     """How often held-out examples are evaluated, how many, and which results are kept."""
 
     every: int | None = None  # steps (rl: iterations) between two looks. None: five looks in the run; 0: none
-    share: float = 0.05  # of the examples that is held out, if `data_eval` names none
-    most: int = 64  # examples that are looked at
-    batch: int = 8  # of them that are asked together
-    answers: bool = True  # sft: held-out questions are asked, too; False: their loss alone is looked at
-    drawn: int = 4  # conversations that are kept of a look, and of an iteration of rl
-    files: int = 32  # of looks and of iterations that stay; more are thinned out evenly
+    share: float = 0.05  # of the examples that are held out, if `data_eval` names no file
+    most: int = 64  # the most held-out examples of a look
+    batch: int = 8  # held-out questions that are asked together
+    answers: bool = True  # sft: whether held-out questions are answered, too; False: only their loss is computed
+    drawn: int = 4  # conversations that are saved of a look, and of an iteration of rl
+    files: int = 32  # the most files of looks, and of iterations; more are thinned out evenly
 
     def __post_init__(self):
         positive(self, "most", "batch", "files")
@@ -60,7 +59,7 @@ class WatchConfig:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
     def interval(self, steps: int) -> int:
-        """Steps between two looks of a run of `steps`; 0: there are none."""
+        """The number of steps between two looks of a run of `steps`; 0: there are no looks."""
         return max(1, -(-steps // USUAL_LOOKS)) if self.every is None else self.every
 
 
@@ -68,12 +67,12 @@ class Look(Protocol):
     """An evaluation on held-out examples."""
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
-        """The metrics of the state's model, and its conversations about a few examples, the same in every look."""
+        """Returns the metrics of the state's model, and its conversations about a few examples, the same in every look."""
         ...
 
 
 class Watch:
-    """Called by the loop before the first step and after every one. With several processes, all call it."""
+    """The observer of a phase, which the loop calls before the first step and after every one, in all processes."""
 
     def __init__(
         self,
@@ -91,13 +90,13 @@ class Watch:
         """Watches a phase.
 
         Args:
-            config: how often, and how much.
+            config: the numbers of looks, examples and files.
             directory: of the phase; models are saved beside it.
             steps: of the phase.
             vocabulary: of the model.
-            look: None: nothing is held out.
-            save: writes the model of a state as a directory of its own.
-            save_every: steps between two models that are saved, each in `models/STEP`. 0: none are.
+            look: the evaluation; None: no examples are held out.
+            save: writes the model of a state as a model directory.
+            save_every: steps between two models that are saved, each in `models/STEP`. 0: none are saved.
             best: the criterion by which the best look's model is saved in `best`.
             draw: writes the page of the run.
         """
@@ -114,10 +113,10 @@ class Watch:
         self.seen: dict[int, dict[str, Any]] = {}  # the looks so far, by the number of steps done
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
-        """Is called with the state after `done` steps. `log` is None in all processes but the first."""
+        """Looks and saves, if due, with the state after `done` steps. `log` is None in all processes but the main one."""
         if not self.begun:
             self._begin(done)
-        if NOTICE.reached():  # the step is saved first; the next start makes the look
+        if NOTICE.reached():  # the checkpoint comes first; the next start makes the look
             return
         if self.save_every and done and done % self.save_every == 0:
             self.save(state, self.directory.parent / "models" / str(done))
@@ -126,7 +125,7 @@ class Watch:
             self._look(self.look, state, done, log)
 
     def _begin(self, start: int) -> None:
-        """Forgets looks at steps that will be done again."""
+        """Removes the looks at steps that will be repeated."""
         self.begun = True
         if not is_main_process():
             return
@@ -150,7 +149,7 @@ class Watch:
         if log is None:
             return
         named = {f"eval_{name}": value for name, value in metrics.items()}
-        log.write(done - 1, named)  # beside the step that led here; -1 is before the first
+        log.write(done - 1, named)  # the number of the last step that is done; -1 before the first
         log.show(done - 1, HELD_OUT, conversations)
         self._keep(HELD_OUT, done, conversations)
         with LineLog(self.directory / LOOKS) as looks:
@@ -161,7 +160,7 @@ class Watch:
     def _keep_best(self, by: Criterion, state: TrainState, done: int, metrics: Mapping[str, float]) -> None:
         """Saves the model if it is the best so far.
 
-        All processes have the same `metrics`; the first one has the note of the best before.
+        All processes have the same `metrics`; the main process has the note of the best model so far.
         """
         value = metrics.get(by, float("nan"))
         note = read_note(self.directory / BEST) if is_main_process() else None
@@ -176,7 +175,7 @@ class Watch:
             say(f"the model of step {done} is the best so far: {by} {value:.4g}")
 
     def advantages(self, learner: "Learner", state: TrainState, scored: Scored) -> Weighed:
-        """The stage of that name, which saves some rows of one group, another group in each iteration."""
+        """The stage `advantages`, which also saves some rows of a group, a different group in each iteration."""
         weighed = advantages(learner, state, scored)
         questions, limits = scored.collected.questions, learner.config.rollout
         count = min(self.config.drawn, limits.group_size)
@@ -201,7 +200,7 @@ def numbered(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def thin(folder: pathlib.Path, most: int) -> None:
-    """Deletes numbered files until `most` are left: the newest, and others spread as evenly as powers of two allow."""
+    """Deletes numbered files until `most` are left: the newest, and others at multiples of a power of two."""
     files = numbered(folder)
     stride = 1
     remaining = files

@@ -1,6 +1,6 @@
 """Writers of metrics and conversations, besides the terminal and the run's page.
 
-JSON lines are always written; TensorBoard and Weights & Biases where a config asks for them. These two are optional
+JSON lines are always written, TensorBoard's files and Weights & Biases if a config asks for them. These two are optional
 (`pip install tensorboardX wandb`); TensorBoard's files are written without TensorFlow.
 """
 
@@ -26,14 +26,14 @@ class Writer(Protocol):
         """Writes the metrics of a step."""
 
     def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
-        """Writes conversations as they were after `step`; `name` says what they are of."""
+        """Writes conversations of the model after `step` under a name."""
 
     def close(self) -> None:
         """Ends writing."""
 
 
 def installed(module: str, wanted: str) -> Any:
-    """Imports the optional `module`. ValueError: it is not installed; the message says how to."""
+    """Imports the optional `module`. ValueError: it is not installed; the message says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -41,7 +41,7 @@ def installed(module: str, wanted: str) -> Any:
 
 
 class MetricsLog:
-    """A file of JSON lines, one a step. Lines of steps that a restart will repeat are dropped when it opens."""
+    """A file of JSON lines, one for each step. When it opens, lines of steps that will be repeated are dropped."""
 
     def __init__(self, path: str | os.PathLike, start: int):
         filter_json_lines(path, lambda line: line["step"] < start, step=int)
@@ -52,7 +52,7 @@ class MetricsLog:
         self.log.append([{"step": step, **metrics}])
 
     def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
-        """Nothing: conversations lie in files of their own (`pixel_jax.training.watch`)."""
+        """Does nothing: conversations are saved in separate files (`pixel_jax.training.watch`)."""
 
     def close(self) -> None:
         """Ends writing."""
@@ -60,16 +60,16 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order (`pixel_jax.state_files.read_json_lines`)."""
+    """Reads the lines of a metrics file, in order (`pixel_jax.state_files.read_json_lines`)."""
     return read_json_lines(path, step=int)
 
 
 class TensorBoard:
-    """Event files in a directory. What was written of step `start` and later is no longer shown: it will be repeated."""
+    """Event files in a directory. Events of step `start` and later are no longer shown, because they will be repeated."""
 
     def __init__(self, directory: pathlib.Path, start: int):
         writer = installed("tensorboardX", "tensorboard").SummaryWriter
-        # The suffix tells the files of two starts within one second apart.
+        # The suffix distinguishes the files of two starts within one second.
         self.writer = writer(str(directory), purge_step=start, filename_suffix=f".{start}")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class TensorBoard:
     def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Writes the conversations."""
         for i, trace in enumerate(traces, 1):
-            # TensorBoard reads texts as Markdown: indented lines are code, whatever they hold.
+            # TensorBoard reads texts as Markdown, in which indented lines are code.
             code = "".join(f"    {line}\n" for line in as_text(trace).splitlines())
             self.writer.add_text(f"{name}/{i}", code, step)
             for j, picture in enumerate([*trace.pictures, *(x for turn in trace.turns for x in turn.pictures)]):
@@ -94,7 +94,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases for a directory, the same one however often it is started again.
+    """A run of Weights & Biases for a directory, which is the same run after every restart.
 
     Project, entity and mode come from wandb's own environment variables (`WANDB_PROJECT`, `WANDB_MODE=offline`, ...). Its step
     counter cannot go back, so `step` is logged as a number, and all metrics are drawn against it.
@@ -132,7 +132,7 @@ class WeightsAndBiases:
 
 
 class Writers:
-    """Several writers as one."""
+    """Writes to several writers."""
 
     def __init__(self, writers: Sequence[Writer]):
         self.writers = tuple(writers)
@@ -154,7 +154,7 @@ class Writers:
 
 
 def open_writers(directory: pathlib.Path, start: int, names: Sequence[WriterName], label: str) -> Writers:
-    """Opens `directory/metrics.jsonl` and the writers in `names`, for a run that goes on at step `start`."""
+    """Opens `directory/metrics.jsonl` and the writers in `names`, for a run that continues at step `start`."""
     writers: list[Writer] = [MetricsLog(directory / "metrics.jsonl", start)]
     if "tensorboard" in names:
         writers.append(TensorBoard(directory / "tensorboard", start))

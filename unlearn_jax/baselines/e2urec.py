@@ -1,4 +1,4 @@
-"""E2URec (arXiv:2403.03536): the forgotten follow a teacher that knows them less, the kept their labels and the trained model."""
+"""E2URec (arXiv:2403.03536): distillation from a teacher that knows the forgotten less, and training on the kept examples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ def e2urec(
     weight: float = 0.6,
     alpha: float = 2.0,
 ) -> Trained:
-    """weight (retained loss + KL(trained || params)) + (1 - weight) KL(teacher || params) on the forgotten.
+    """Minimises weight (retained loss + KL(trained || params)) + (1 - weight) KL(teacher || params) on the forgotten.
 
-    The teacher's logits are z - alpha relu(z_known - z), z those of the trained adapter and z_known those of one that was
-    trained further on the forgotten alone. As in the released code an epoch of the forgotten alone comes first. The three
-    parts together keep to the budget.
+    The teacher's logits are z - alpha relu(z_known - z): z are those of the trained adapter, z_known those of an adapter that was
+    trained further on the forgotten examples alone. As in the released code, an epoch of the second term alone comes first. The
+    three trainings together keep to the budget.
     """
     require_parts(loss, "E2URec")
     data = split(loss, dataset, edits)

@@ -36,9 +36,10 @@ def grad_diff(
     alpha: float = 1.0,
     retain: Literal["loss", "kl"] = "loss",
 ) -> Trained:
-    """gamma * (-mean loss of the forgotten) + alpha * retain term.
+    """Minimises gamma * (-mean loss of the forgotten) + alpha * retain term.
 
-    retain: the edited objective itself (GradDiff), or the divergence from the trained model on its examples (TOFU's KL).
+    The retain term is the edited objective ("loss": GradDiff) or the divergence from the trained model on its examples ("kl":
+    TOFU's KL).
     """
     data = split(loss, dataset, edits)
     forget = forgotten(data.forget, edits)
@@ -71,8 +72,8 @@ def npo(
 ) -> Trained:
     """Negative preference optimisation (Zhang et al. 2024, arXiv:2404.05868) with a retain term.
 
-    gamma * mean -(2 / beta) log sigmoid(beta (L - L_ref)) over the forgotten, L the summed loss of an answer. As beta goes
-    to zero its gradient becomes that of gradient ascent on L.
+    Its term is gamma * mean -(2 / beta) log sigmoid(beta (L - L_ref)) over the forgotten, with L the summed loss of an answer. As
+    beta goes to zero its gradient becomes that of gradient ascent on L.
     """
     away = Partial(npo_loss, loss, adapter, _positive(beta))
     return _prefer(away, 1 + FORWARD, loss, adapter, dataset, edits, training, gamma, alpha, retain)
@@ -138,7 +139,7 @@ def rmu(
     gamma: float = 1.0,
     alpha: float = 1.0,
 ) -> Trained:
-    """gamma |h - c u|^2 on the forgotten + alpha |h - h_ref|^2 on the rest, means over elements and width.
+    """Minimises gamma |h - c u|^2 on the forgotten + alpha |h - h_ref|^2 on the rest, means over elements and width.
 
     activations: (params, example) -> [elements, width], the output of a layer (open-unlearning takes the seventh); the mask
                  of `loss` says which elements count

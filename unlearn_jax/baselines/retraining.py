@@ -20,9 +20,9 @@ from unlearn_jax.objective import Objective
 
 
 def retrain(loss: Callable, start: Params, dataset: Any, edits: Sequence[Edit], training: Training) -> Trained:
-    """Mini-batch descent of the edited objective.
+    """Minimises the edited objective in mini-batches.
 
-    From a fresh adapter it is retraining, from the trained one a warm restart; with the budget of an edit it is fine-tuning on
+    From a fresh adapter this is retraining, from the trained one a warm restart; with the budget of an edit it is fine-tuning on
     the edited data, the simplest baseline.
     """
     after = apply(Dataset.of(dataset), edits, loss)
@@ -52,9 +52,9 @@ def converge(
         The minimum that was found, and the norm of the gradient there.
     """
     value, evaluations = Partial(Objective.value, objective), budget / objective.count
-    found = lbfgs(value, start, tolerance=tolerance, max_evaluations=evaluations, max_steps=max_steps, log=log)
-    norm = float(tree.norm(objective.gradient(found.params)))
-    return Trained(found.params, float(found.evaluations * objective.count), found.values), norm
+    minimum = lbfgs(value, start, tolerance=tolerance, max_evaluations=evaluations, max_steps=max_steps, log=log)
+    norm = float(tree.norm(objective.gradient(minimum.params)))
+    return Trained(minimum.params, float(minimum.evaluations * objective.count), minimum.values), norm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,17 +68,17 @@ class Sisa:
     shards: np.ndarray  # int [rows of the source], the shard of each
     adapters: tuple[Params, ...]
     gradients: float  # example-gradients spent by the last training or edit
-    retrained: tuple[int, ...]  # the shards that were trained then
+    retrained: tuple[int, ...]  # the shards that the last training or edit trained
 
     @classmethod
     def train(cls, loss: Callable, start: Params, dataset: Any, training: Training, *, shards: int = 4) -> "Sisa":
-        """Examples are dealt to the shards at random; every shard trains from `start`."""
+        """Assigns the examples to shards at random, and trains an adapter from `start` on each shard."""
         dataset = Dataset.of(dataset)
         if not 1 <= shards <= len(dataset):
             raise ValueError(f"{len(dataset)} examples cannot make {shards} shards")
-        dealt = np.full(dataset.rows.max() + 1, -1)
-        dealt[dataset.rows] = np.random.default_rng(training.seed).permutation(len(dataset)) % shards
-        empty = cls(loss, start, training, dataset, dealt, (start,) * shards, 0.0, ())
+        shard_of_row = np.full(dataset.rows.max() + 1, -1)
+        shard_of_row[dataset.rows] = np.random.default_rng(training.seed).permutation(len(dataset)) % shards
+        empty = cls(loss, start, training, dataset, shard_of_row, (start,) * shards, 0.0, ())
         return empty._fit(dataset, tuple(range(shards)))
 
     def edit(self, edits: Sequence[Edit]) -> "Sisa":
@@ -95,11 +95,11 @@ class Sisa:
     def _fit(self, dataset: Dataset, touched: tuple[int, ...]) -> "Sisa":
         adapters, spent = list(self.adapters), 0.0
         for shard in touched:
-            mine = dataset.select(np.flatnonzero(self.shards[dataset.rows] == shard))
-            if not len(mine):
+            examples = dataset.select(np.flatnonzero(self.shards[dataset.rows] == shard))
+            if not len(examples):
                 raise ValueError(f"the edits leave nothing of shard {shard} of {len(adapters)}: use fewer shards")
-            found = self._train_shard(mine, shard, len(mine) / len(self.dataset))
-            adapters[shard], spent = found.adapter, spent + found.gradients
+            trained = self._train_shard(examples, shard, len(examples) / len(self.dataset))
+            adapters[shard], spent = trained.adapter, spent + trained.gradients
         return dataclasses.replace(self, dataset=dataset, adapters=tuple(adapters), gradients=spent, retrained=touched)
 
     def _seed(self, shard: int) -> int:

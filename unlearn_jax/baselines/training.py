@@ -1,4 +1,4 @@
-"""First-order training, counted: every baseline is a sum of terms over examples, descended in mini-batches within a budget.
+"""First-order training within a budget: every baseline minimises a sum of terms over examples in mini-batches.
 
 The unit of the budget is an example-gradient, one example forward and backward. A forward pass alone, such as that of a
 reference model, is a third of one.
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a baseline descends, and how the adapter was trained (`reduction`, `weight_decay`: see `Objective`)."""
+    """The settings of a baseline's training, and those of the adapter's (`reduction`, `weight_decay`: see `Objective`)."""
 
     optimizer: "optax.GradientTransformation"
     budget: float  # example-gradients
     batch: int = 32  # examples of each term and step; a term with fewer takes all of them
-    micro_batch: int | None = None  # how many of them at once
+    micro_batch: int | None = None  # examples that are computed at a time; None: the whole batch
     seed: int = 0
     reduction: Reduction = "per_example"
     weight_decay: float = 0.0
@@ -41,11 +41,11 @@ class Training:
 
 
 class Trained(NamedTuple):
-    """What a descent arrives at."""
+    """The result of a training."""
 
     adapter: Params
     gradients: float  # example-gradients spent
-    values: np.ndarray  # float [steps], what was descended, each step on its own batch
+    values: np.ndarray  # float [steps], the minimised value before each step, on that step's batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class LossTerm:
     extra: Any = None
 
     def objective(self, positions: np.ndarray, micro_batch: int | None) -> Objective:
-        """The term's unbiased estimate on some of its examples, without the scale."""
+        """An unbiased estimate of the term from some of its examples, without the scale."""
         examples = self.dataset.take(positions)
         if self.extra is not None:
             examples = (examples, jax.tree.map(lambda x: x[positions], self.extra))
@@ -73,16 +73,16 @@ class LossTerm:
 
 
 def descend(terms: Sequence[LossTerm], start: Params, training: Training, *, proximal: float = 0.0) -> Trained:
-    """Minimises the sum of the terms and proximal / 2 |params - start|^2 in mini-batches, as far as the budget goes.
+    """Minimises the sum of the terms and proximal / 2 |params - start|^2 in mini-batches until the budget is spent.
 
     Args:
-        terms: what is summed.
+        terms: the summands.
         start: a pytree of parameters.
         training: the optimizer, the budget and the sizes of batches.
         proximal: weight of the distance from `start`.
 
     Returns:
-        What the descent arrives at.
+        The last parameters, the cost and the values.
 
     Raises:
         ValueError: the budget is less than a step costs.
@@ -131,7 +131,7 @@ def _combined(objectives, scales, proximal, start, params):
 
 
 def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Positions int [size] without end, each as often as any other: one shuffled pass over `count` after the other."""
+    """Yields positions int [size] endlessly, from one shuffled pass over `count` examples after the other."""
     queue = np.arange(0)
     while True:
         while len(queue) < size:
@@ -141,24 +141,27 @@ def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndar
 
 
 class Split(NamedTuple):
-    """What edits do to a dataset."""
+    """A dataset before and after edits, and the examples that are to be forgotten."""
 
     before: Dataset
-    after: Dataset  # as it should have been: what baselines keep
-    forget: Dataset  # what is no longer there: what they drive away
+    after: Dataset  # the edited data, which baselines retain
+    forget: Dataset  # the removed examples and the old forms of replaced ones
 
 
 def split(loss: Callable, dataset: Any, edits: Sequence[Edit]) -> Split:
-    """Of an example that is replaced the old form is to be forgotten; where only its mask is, the masked elements."""
+    """Finds what the edits make a model forget: removed examples, and the old forms of replaced ones.
+
+    Of an example of which only the loss mask changes, the masked elements alone are forgotten.
+    """
     before = Dataset.of(dataset)
     after = apply(before, edits, loss)
     gone, new, _ = affected(before, after)
-    place = dict(zip(after.rows[new].tolist(), new.tolist(), strict=True))
+    new_position = dict(zip(after.rows[new].tolist(), new.tolist(), strict=True))
     masked = {}
     for position in gone.tolist():
         row = int(before.rows[position])
-        if row in place and isinstance(loss, Loss):
-            old, now = before.example(position), after.example(place[row])
+        if row in new_position and isinstance(loss, Loss):
+            old, now = before.example(position), after.example(new_position[row])
             if loss.mask is not None and has_field(old, loss.mask) and _differ(old, now) == [loss.mask]:
                 masked[row] = {
                     **old,
@@ -183,13 +186,13 @@ def _differ(old: dict, new: dict) -> list[str]:
 
 
 def retained(loss: Callable, params: Params, data: Dataset, training: Training, *, scale: float = 1.0) -> LossTerm:
-    """The objective that training minimises, over `data`."""
+    """The training's objective over `data`, as a term."""
     weights = coefficients(loss, params, data, training.reduction)
     return LossTerm(loss, data, weights, scale=scale, weight_decay=training.weight_decay)
 
 
 def forgotten(data: Dataset, edits: Sequence[Edit]) -> Dataset:
-    """`data`, which must not be empty."""
+    """Returns `data`, or raises ValueError if it is empty."""
     if not len(data):
         raise ValueError(f"there is nothing to forget: the edits {list(edits)} change no example")
     return data

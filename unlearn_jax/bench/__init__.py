@@ -1,3 +1,3 @@
-"""The cost of products and solves compared with other implementations, and of an edit compared with retraining."""
+"""Benchmarks: products and solves compared with other implementations, and an edit compared with retraining."""
 
 RTOL, MOST_STEPS = 1e-3, 400  # of iterative solvers, here and in other libraries

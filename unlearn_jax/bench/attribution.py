@@ -1,4 +1,4 @@
-"""Quality of an edit's predictions by the linear datamodelling score (Park et al. 2023, arXiv:2303.14186).
+"""The linear datamodelling score of an edit's predictions (Park et al. 2023, arXiv:2303.14186).
 
 Random subsets of the training examples are removed. For each subset the test losses of the edited adapter are compared with the
 mean test losses of adapters retrained without it, in the same order of batches and in others. The score of a test example is
@@ -45,7 +45,7 @@ DIGITS = 6  # of a loss in the file
 METHODS = ("erase", "erase, solved", "gradient")
 # One Newton step, solved to a relative residual of .01 without a budget.
 SOLVED = {"newton_steps": 1, "damping_fraction": 1e-3, "solver": cg(rtol=0.01, max_steps=100)}
-ONE = "one retrain"  # against the others
+ONE = "one retrain"  # the prediction by one retraining, compared with the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class AttributionSetting:
     seed: int = 0
 
     def config(self, out: str) -> PeopleConfig:
-        """Of the task."""
+        """The configuration of the task."""
         return PeopleConfig(
             out=out,
             corpus=CorpusConfig(people=self.people, known=100, holdout=1, questions=self.questions),
@@ -81,7 +81,7 @@ class AttributionSetting:
 
 
 def measure(setting: AttributionSetting, path: pathlib.Path) -> dict[str, Any]:
-    """The scores of all methods, also in the JSON file `path`; subsets that it holds already are not computed again.
+    """Computes the scores of all methods and writes them to the JSON file `path`; its subsets are not computed again.
 
     Returns:
         {"setting", "losses", "scores"}; losses: {method: [subsets, tests], "retrain": [subsets, orders, tests],
@@ -90,13 +90,13 @@ def measure(setting: AttributionSetting, path: pathlib.Path) -> dict[str, Any]:
     Raises:
         ValueError: the file has the results of another setting.
     """
-    asked = json.loads(json.dumps(dataclasses.asdict(setting)))
-    result = {"setting": asked, "losses": {name: [] for name in ("retrain", *METHODS)}}
+    wanted = json.loads(json.dumps(dataclasses.asdict(setting)))
+    result = {"setting": wanted, "losses": {name: [] for name in ("retrain", *METHODS)}}
     if path.exists():
         result = read_json(path)
-        if {**result["setting"], "subsets": setting.subsets} != asked:
-            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {asked}")
-        result["setting"] = asked
+        if {**result["setting"], "subsets": setting.subsets} != wanted:
+            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {wanted}")
+        result["setting"] = wanted
     with tempfile.TemporaryDirectory() as directory:
         task = PeopleTask.of(setting.config(directory))
         _run(task, setting, result, path)
@@ -110,8 +110,8 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
     loss, data = task.model.loss(), task.encode(items)
 
     def losses(adapter: Params) -> np.ndarray:  # rounded, to keep the file small
-        found = tokens.score(loss, adapter, tests, micro_batch=None)
-        return np.round(answers.mean_nll(found.logprob, found.mask), DIGITS)
+        statistics = tokens.score(loss, adapter, tests, micro_batch=None)
+        return np.round(answers.mean_nll(statistics.logprob, statistics.mask), DIGITS)
 
     examples = {name: x for name, x in data.items() if name != "id"}
 
@@ -137,7 +137,7 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
             return losses(erase(loss, trained, Dataset.of(data), edits, config).adapter).tolist()
 
     def along_the_gradient(removed: np.ndarray) -> list[float]:
-        """The first step away from the removed examples: the adapter and the sum of their gradients."""
+        """Predicts the losses after a gradient step of length 1 that ascends the loss of the removed examples."""
         predicted = before + np.asarray(test_slopes @ slopes[removed].sum(axis=0))
         return np.round(predicted.astype(float), DIGITS).tolist()
 
@@ -147,16 +147,16 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
         "erase, solved": functools.partial(edited, **SOLVED),
         "gradient": along_the_gradient,
     }
-    kept: dict[str, list] = result["losses"]
+    computed: dict[str, list] = result["losses"]
     for number in range(setting.subsets):
         begun, removed = time.perf_counter(), subset(setting, len(items), number)
-        missing = [name for name in predictions if len(kept.setdefault(name, [])) <= number]
+        missing = [name for name in predictions if len(computed.setdefault(name, [])) <= number]
         for name in missing:
-            kept[name].append(predictions[name](removed))
+            computed[name].append(predictions[name](removed))
         if missing:
             write_json(path, result)
             say(f"subset {number + 1} of {setting.subsets}, {time.perf_counter() - begun:.0f} s: {', '.join(missing)}")
-    result["scores"] = scores(kept, setting.seed)
+    result["scores"] = scores(computed, setting.seed)
     write_json(path, result)
     say("\n".join(f"{name}: {x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for name, x in result["scores"].items()))
 
@@ -168,7 +168,7 @@ def subset(setting: AttributionSetting, count: int, number: int) -> np.ndarray:
 
 
 def scores(losses: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, float]]:
-    """The linear datamodelling score of each method, with a 95 % bootstrap interval; none of fewer than three subsets.
+    """Computes the linear datamodelling score of each method, with a 95 % bootstrap interval; it needs three subsets.
 
     Args:
         losses: {method: [subsets, tests], "retrain": [subsets, orders, tests]}.
@@ -195,7 +195,7 @@ def _score(predicted: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, flo
 
 
 def _correlations(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of each column, [tests]; zero of a column that is constant."""
+    """Spearman's rank correlation of each column, [tests]; zero for a constant column."""
     from scipy.stats import rankdata
 
     one, two = (rankdata(x, axis=0) for x in (predicted, truth))

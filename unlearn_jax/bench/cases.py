@@ -1,7 +1,7 @@
-"""The cases of `unlearn-jax bench`: Hessian-vector products, products with a kept linearisation, and damped solves.
+"""The cases of `unlearn-jax bench`: Hessian-vector products, products with a stored linearisation, and damped solves.
 
-All use one language model with low-rank adapters (`experiment.small_transformer`), in torch with the same weights
-(`libraries.Twin`), in float32.
+All use one language model with low-rank adapters (`experiment.small_transformer`) in float32; torch has the same weights
+(`libraries.Twin`).
 """
 
 import functools
@@ -28,7 +28,7 @@ TOLERANCE = 2e-3  # float32 products of another order of sums, relative
 
 
 class Inputs(NamedTuple):
-    """A trained-looking adapter, a batch and a vector."""
+    """A base model, an adapter with nonzero factors, a batch and a vector."""
 
     size: small_transformer.TransformerSize
     base: dict[str, jax.Array]
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, size: small_transformer.TransformerSize, batch: int) -> "Inputs":
-        """The same numbers for the same size."""
+        """Draws the inputs; the same size gives the same numbers."""
         rng = np.random.default_rng(0)
         base = small_transformer.init_base(jax.random.key(0), size)
         fresh = small_transformer.init_adapter(jax.random.key(1), size)
@@ -71,7 +71,7 @@ def _product_problem(quick: bool) -> Inputs:
 
 
 def product(quick: bool) -> Workload:
-    """Products with a new vector at new parameters every time, so that nothing can be kept."""
+    """Products at new parameters every time, so that nothing can be stored between them."""
     problem = _product_problem(quick)
     alternatives = {
         "hvp": lambda: Partial(hvp(problem.loss, problem.adapter, problem.batch), problem.vector),
@@ -103,10 +103,14 @@ def product(quick: bool) -> Workload:
 
 
 def reused(quick: bool) -> Workload:
-    """Products with another vector at the same parameters, where all that does not depend on the vector is kept."""
+    """Products with other vectors at the same parameters, where everything that does not depend on the vector is stored."""
     problem = _product_problem(quick)
-    kept = lambda: Partial(hvp(problem.loss, problem.adapter, problem.batch, linearize=True), problem.vector)
-    alternatives: dict[str, Callable[[], Run]] = {"hvp, linearize": kept, "one gradient": lambda: _gradient(problem)}
+    alternatives: dict[str, Callable[[], Run]] = {
+        "hvp, linearize": lambda: Partial(
+            hvp(problem.loss, problem.adapter, problem.batch, linearize=True), problem.vector
+        ),
+        "one gradient": lambda: _gradient(problem),
+    }
     aims = [Aim("one gradient", 1 / 2.1)]
     if _installed("torch"):
         alternatives["torch, retained graph"] = lambda: _torch(problem).retained()
@@ -126,7 +130,7 @@ def reused(quick: bool) -> Workload:
 
 
 def solve(quick: bool) -> Workload:
-    """Solves of (curvature + damping) x = b, with the error of each x from the dense solution by its own curvature matrix."""
+    """Solves of (curvature + damping) x = b; each x is compared with the dense solution with the same curvature matrix."""
     rank, length, batch = (1, 8, 4) if quick else (2, 16, 32)
     problem = Inputs.of(small_transformer.TransformerSize(48, length, width=32, heads=HEADS, rank=rank), batch)
     b, unravel = ravel_pytree(problem.vector)
@@ -185,7 +189,7 @@ def _cg(problem: Inputs, make: Callable, damping: float) -> Run:
 
 
 def _ekfac(problem: Inputs, damping: float) -> Run:
-    """From labels drawn at the parameters; the factors are made anew every time."""
+    """EK-FAC with labels drawn from the model; the factors are computed anew every time."""
     objective = mean_objective(problem.loss, problem.adapter, problem.batch)
 
     @jax.jit

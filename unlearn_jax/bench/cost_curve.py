@@ -27,7 +27,10 @@ STEPS = 100  # of L-BFGS, at most
 
 
 def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
-    """{"training_epochs", "rows", ...}: for each budget of epochs what was spent of it, and the KL to the warm retrain."""
+    """Measures an edit at several budgets, and writes {"training_epochs", "rows", ...} to `path`.
+
+    A row has the budget in epochs, the epochs that were spent, and the KL to the warm retrain.
+    """
     count, budgets = (200, (4.0, 7.0)) if quick else (20_000, (3.0, 5.0, 7.0, 10.0, 15.0, 25.0))
     size = small_transformer.TransformerSize(32, 8, width=16, heads=HEADS, layers=1, rank=2)
     base = small_transformer.init_base(jax.random.key(0), size)
@@ -52,9 +55,9 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     rows = [{"budget": 0.0, "epochs": 0.0, **kl(trained.adapter)}]
     for budget in budgets:
         config = {"weight_decay": WEIGHT_DECAY, "micro_batch": 500, "epochs": budget}
-        found = erase(loss, trained.adapter, data, edits, config)
-        spent = {"budget": budget, "epochs": found.report.epochs, "seconds": found.report.seconds}
-        rows.append({**spent, **kl(found.adapter)})
+        erasure = erase(loss, trained.adapter, data, edits, config)
+        spent = {"budget": budget, "epochs": erasure.report.epochs, "seconds": erasure.report.seconds}
+        rows.append({**spent, **kl(erasure.adapter)})
         print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
     result = {
         "examples": count,
@@ -75,7 +78,7 @@ def _logits(base, adapter, example):
 
 
 def _written(base, size, count):
-    """Sequences drawn from the network with an adapter that training has to find again."""
+    """Draws sequences from the network with a random adapter, which training has to find again."""
     key, first = jax.random.split(jax.random.key(1))
     teacher = jax.tree.map(
         lambda x: x + 0.5 * jax.random.normal(key, x.shape), small_transformer.init_adapter(key, size)
@@ -84,9 +87,9 @@ def _written(base, size, count):
     def write(key):
         start, *keys = jax.random.split(key, size.length + 1)
         text = jax.numpy.zeros(size.length + 1, int).at[0].set(jax.random.randint(start, (), 0, size.vocabulary))
-        for place, key in enumerate(keys):
-            logits = small_transformer.forward(base, teacher, text[:-1], HEADS)[0][place]
-            text = text.at[place + 1].set(jax.random.categorical(key, logits))
+        for position, key in enumerate(keys):
+            logits = small_transformer.forward(base, teacher, text[:-1], HEADS)[0][position]
+            text = text.at[position + 1].set(jax.random.categorical(key, logits))
         return text
 
     text = np.asarray(jax.jit(jax.vmap(write))(jax.random.split(first, count)), np.int32)

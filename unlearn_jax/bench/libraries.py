@@ -1,6 +1,6 @@
-"""The small language model in torch, and products and solves by torch and by libraries on it."""
+"""The small language model in torch, and products and solves on it by torch and other libraries."""
 # pyright: reportMissingImports=false
-# torch and the libraries are installed only where they are compared with.
+# torch and the libraries are optional.
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ NAMES = ("q", "v")
 
 
 class Twin(nn.Module):
-    """int64 [B, T] -> next-token logits [B, T, V]. Only the adapter's factors are parameters that want gradients."""
+    """The small transformer in torch. Only the adapter's factors are parameters; the base model's weights are buffers."""
 
     embed: torch.Tensor
     positions: torch.Tensor
@@ -86,7 +86,7 @@ def from_torch(tensors: list[torch.Tensor]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All numbers of some tensors, one after the other."""
+    """Concatenates the numbers of some tensors."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
@@ -102,8 +102,9 @@ def _linear(weight: np.ndarray) -> nn.Linear:
     return layer.to(layer.weight.dtype)
 
 
-# Steps of its conjugate gradients, which have no tolerance: beyond the solution they divide zero by zero.
-DATTRI_STEPS = 30
+DATTRI_STEPS = (
+    30  # of dattri's conjugate gradients, which have no tolerance: after the solution they divide zero by zero
+)
 
 
 class Torch:
@@ -124,53 +125,53 @@ class Torch:
         return loss(functional_call(self.model, named, (self.tokens,)), self.labels)
 
     def value_of_vector(self, x: torch.Tensor) -> torch.Tensor:
-        """The same of the flattened adapter."""
+        """The mean loss [] of the batch, for a flattened adapter."""
         return self.value(unflatten(x, self.vector))
 
     def as_list(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """A flat vector as tensors like the adapter's."""
+        """Splits a flat vector into tensors like the adapter's."""
         return unflatten(x.detach(), self.vector)
 
     # ---- products
 
     def gradient(self) -> list[torch.Tensor]:
-        """By reverse mode."""
+        """A gradient by reverse mode."""
         return list(torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params))
 
     def double_backward(self) -> list[torch.Tensor]:
-        """By reverse mode through reverse mode."""
+        """A product by reverse mode through reverse mode."""
         slope = torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
         return list(torch.autograd.grad(slope, self.params, self.vector))
 
     def forward_over_reverse(self) -> list[torch.Tensor]:
-        """By forward mode through reverse mode."""
+        """A product by forward mode through reverse mode."""
         at = [x.detach() for x in self.params]
         return list(jvp(grad(self.value), (at,), (self.vector,))[1])
 
     def retained(self):
-        """Reverse mode through a graph that is kept."""
+        """Products by reverse mode through a retained graph."""
         slope = torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
         return lambda: list(torch.autograd.grad(slope, self.params, self.vector, retain_graph=True))
 
     def dattri(self, mode: str) -> list[torch.Tensor]:
-        """By dattri's `hvp`."""
+        """A product by dattri's `hvp`."""
         from dattri.func.hessian import hvp
 
         return self.as_list(hvp(self.value_of_vector, mode=mode)((self.start,), self.flat))
 
     def dattri_at_x(self):
-        """By dattri's `hvp_at_x`, which keeps what it can."""
+        """Products by dattri's `hvp_at_x`, which keeps what does not depend on the vector."""
         from dattri.func.hessian import hvp_at_x
 
         product = hvp_at_x(self.value_of_vector, (self.start,))
         return lambda: self.as_list(product(self.flat))
 
     def pydvl(self) -> list[torch.Tensor]:
-        """By pyDVL's operator."""
+        """A product by pyDVL's operator."""
         return self.as_list(self._operator().apply(self.flat))
 
     def pydvl_precomputed(self):
-        """By pyDVL with the gradient's graph kept."""
+        """Products by pyDVL with a retained graph of the gradient."""
         from pydvl.influence.torch.functional import create_hvp_function
 
         product = create_hvp_function(self.model, loss, self._loader(), precompute_grad=True)
@@ -179,7 +180,7 @@ class Torch:
     # ---- solves
 
     def dattri_cg(self, damping: float):
-        """By dattri's conjugate gradients."""
+        """A solve by dattri's conjugate gradients."""
         from dattri.func.hessian import ihvp_at_x_cg
 
         def run():
@@ -189,7 +190,7 @@ class Torch:
         return run
 
     def dattri_explicit(self, damping: float):
-        """By dattri's dense inverse."""
+        """A solve by dattri's dense inverse."""
         from dattri.func.hessian import ihvp_at_x_explicit
 
         def run():
@@ -198,7 +199,7 @@ class Torch:
         return run
 
     def pydvl_cg(self, damping: float):
-        """By pyDVL's conjugate gradients."""
+        """A solve by pyDVL's conjugate gradients."""
         from pydvl.influence.torch.operator import CgOperator
 
         def run():
@@ -208,7 +209,7 @@ class Torch:
         return run
 
     def kronfluence(self, damping: float):
-        """Its eigenbases and second moments, of labels it draws; fitted anew every time, through files as it does."""
+        """A solve with kronfluence's eigenbases and second moments, which are fitted anew every time, through files."""
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.arguments import FactorArguments
         from kronfluence.task import Task
@@ -236,14 +237,14 @@ class Torch:
                     "ekfac", data, per_device_batch_size=len(data), factor_args=FactorArguments(strategy="ekfac")
                 )
                 factors = analyzer.load_all_factors("ekfac")
-            found = []
+            solution = []
             for name, b in zip(self.names, self.vector, strict=True):
                 name = name.removesuffix(".weight")
                 rows, columns = (factors[f"{kind}_eigenvectors"][name] for kind in ("gradient", "activation"))
-                # Its gradients are of an example's sum; the curvature here is that of the mean over tokens.
+                # Kronfluence's gradients are of an example's sum; the curvature here is that of the mean over tokens.
                 moments = factors["lambda_matrix"][name] / factors["num_lambda_processed"][name] / length
-                found.append(rows @ ((rows.T @ b @ columns) / (moments + damping)) @ columns.T)
-            return found
+                solution.append(rows @ ((rows.T @ b @ columns) / (moments + damping)) @ columns.T)
+            return solution
 
         return run
 

@@ -1,7 +1,7 @@
-"""`unlearn-jax bench`: curvature products and solves beside other libraries, and what an edit costs beside retraining.
+"""`unlearn-jax bench`: curvature products and solves compared with other libraries, and an edit compared with retraining.
 
 Every case first checks that all alternatives give the same product (for solvers, the error from the dense solution), and then
-measures them in turn. Libraries among torch, kronfluence, dattri and pyDVL that are not installed are left out and named.
+measures them in turn. Of torch, kronfluence, dattri and pyDVL those that are not installed are left out and named.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ CASES = "unlearn_jax.bench.cases"
 
 
 def define_flags(command: str) -> None:
-    """The flags of `unlearn-jax bench`."""
+    """Defines the flags of `unlearn-jax bench`."""
     flags.DEFINE_bool("quick", False, "Tiny shapes and two rounds: whether it works, not how fast.")
     flags.DEFINE_list("only", [], "The cases to measure, separated by commas; all if empty.")
     flags.DEFINE_string("out", "runs/unlearn-bench.json", "Where the figures are written.")
@@ -22,7 +22,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Runs the cases, or the curve of cost, or the score of predictions."""
+    """Runs the cases, or measures the cost curve or the linear datamodelling score."""
     from pixel_jax.bench.report import run_cases
     from pixel_jax.cli import UserError
     from unlearn_jax.bench.attribution import AttributionSetting, measure

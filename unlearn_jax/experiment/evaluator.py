@@ -1,4 +1,4 @@
-"""All methods on one seed and one share, at the cost of the edit, compared with retraining."""
+"""Compares all methods with retraining on one seed and one share, at the cost of the edit."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -25,17 +25,17 @@ class Evaluator(NamedTuple):
 
     setup: Setup
     run: Run
-    forgotten: int  # number of facts to be forgotten, which come first
+    forgotten: int  # number of facts to be forgotten, which are the first ones
     retain: dict[str, np.ndarray]
     edited: Objective
     warm: Params
     cold: Params
-    truth: np.ndarray  # truth ratios [count] of the cold retrain on what is to be forgotten
-    norms: dict[str, float]  # of the gradient where the references have stopped, relative to that of a fresh adapter
+    truth: np.ndarray  # truth ratios [count] of the cold retrain on the forgotten facts
+    norms: dict[str, float]  # gradient norms where training and the retrains stopped, relative to a fresh adapter's
 
     @classmethod
     def of(cls, setup: Setup, run: Run, share: float) -> "Evaluator":
-        """Retrains on the remaining facts when `share` of them is removed."""
+        """Removes a share of the facts, and retrains on the others."""
         data = Dataset.of(run.facts.examples)
         count = max(1, round(share * len(data)))
         after = apply(data, [Remove(np.arange(count))])
@@ -51,22 +51,22 @@ class Evaluator(NamedTuple):
         return [Remove(np.arange(self.forgotten))]
 
     def __call__(self, adapter: Params) -> dict[str, float]:
-        """All numbers of an adapter; its distances are those of the weights that it changes.
+        """Computes all metrics of an adapter.
 
-        "objective" is the edited objective less that of the warm retrain.
+        "objective" is the edited objective less that of the warm retrain; "distance" is between the changes of the weights.
         """
         loss = self.setup.loss
-        found = {
+        metrics = {
             **self._divergences(loss, adapter, self.warm),
             **self._answers(loss, adapter),
             "objective": float(self.edited.value(adapter) - self.edited.value(self.warm)),
             "distance": distance.delta_w_distance(adapter, self.warm),
         }
         cosine = distance.delta_w_cosine(adapter, self.warm, self.run.adapter)
-        return found if np.isnan(cosine) else {**found, "cosine": cosine}
+        return metrics if np.isnan(cosine) else {**metrics, "cosine": cosine}
 
     def ensemble(self, sisa: Sisa) -> dict[str, float]:
-        """The numbers of the shards' ensemble, which is no adapter and has no distance."""
+        """Computes the metrics of SISA's ensemble, which is not a single adapter and has no distance."""
         loss, alone = ensemble(self.setup.loss), jax.tree.map(lambda x: x[None], self.warm)
         return {**self._divergences(loss, sisa.stacked(), alone), **self._answers(loss, sisa.stacked())}
 
@@ -79,10 +79,10 @@ class Evaluator(NamedTuple):
         return {f"kl_{name}": kl(examples) for name, examples in self._sets().items()}
 
     def _answers(self, loss: Loss, params: Any) -> dict[str, float]:
-        found = {name: tokens.score(loss, params, x, micro_batch=None) for name, x in self._sets().items()}
-        lowest = {name: membership.min_k(x.logprob, tokens.without_last(x.mask)) for name, x in found.items()}
+        statistics = {name: tokens.score(loss, params, x, micro_batch=None) for name, x in self._sets().items()}
+        lowest = {name: membership.min_k(x.logprob, tokens.without_last(x.mask)) for name, x in statistics.items()}
         ratio = truth_ratio(loss, params, self.run, self.forgotten)
-        nll = {f"nll_{name}": float(answers.mean_nll(x.logprob, x.mask).mean()) for name, x in found.items()}
+        nll = {f"nll_{name}": float(answers.mean_nll(x.logprob, x.mask).mean()) for name, x in statistics.items()}
         return {
             **nll,
             "auc": membership.auc(lowest["forget"], lowest["holdout"]),
@@ -94,8 +94,8 @@ def truth_ratio(loss: Loss, params: Any, run: Run, count: int) -> np.ndarray:
     """Truth ratios [count] of the first facts, asked and answered in other words."""
 
     def nll(examples):
-        found = tokens.score(loss, params, examples, micro_batch=None)
-        return answers.mean_nll(found.logprob, found.mask)
+        statistics = tokens.score(loss, params, examples, micro_batch=None)
+        return answers.mean_nll(statistics.logprob, statistics.mask)
 
     wrong = {name: x.reshape(-1, *x.shape[2:]) for name, x in _first(run.facts.wrong, count).items()}
     return answers.truth_ratio(nll(_first(run.facts.paraphrased, count)), nll(wrong).reshape(count, -1))
@@ -106,15 +106,15 @@ def _first(rows: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
 
 
 SHARDS = 4
-UNLIMITED = ("erase, unlimited", "L-BFGS, unlimited")  # until the minimum, with a budget that the others do not have
+UNLIMITED = ("erase, unlimited", "L-BFGS, unlimited")  # run until the minimum, at more than the others' budget
 Row = dict[str, Any]
-Rates = Mapping[str, tuple[float, ...]]  # learning rates to try, of every method that has one
+Rates = Mapping[str, tuple[float, ...]]  # {method: learning rates to try}
 
 
 def compare(setup: Setup, run: Run, share: float, rates: Rates) -> dict[str, Any]:
-    """{"seed", "share", "count", "norms", "report", "rows"}: a row for every method and learning rate, all its numbers.
+    """Runs all methods; returns {"seed", "share", "count", "norms", "report", "rows"}, a row for every method and rate.
 
-    The last two rows are `UNLIMITED`: the edit without a budget of epochs, and L-BFGS at its price.
+    The last two rows are `UNLIMITED`: the edit without a budget of epochs, and L-BFGS at the cost of that edit.
     """
     evaluator = Evaluator.of(setup, run, share)
     config = {"weight_decay": setup.setting.weight_decay, **setup.setting.erasure}
@@ -140,7 +140,7 @@ def compare(setup: Setup, run: Run, share: float, rates: Rates) -> dict[str, Any
 
 
 def baseline_rows(evaluator: Evaluator, budget: float, damping: float, rates: Rates) -> Iterator[Row]:
-    """A row for every baseline and learning rate."""
+    """Yields a row for every baseline and learning rate."""
     methods = _methods(evaluator, damping)
     for name in evaluator.setup.setting.methods:
         for rate in (0.0,) if name in UNTUNED else rates[name]:
@@ -181,8 +181,8 @@ def _methods(evaluator: Evaluator, damping: float) -> dict[str, Callable[[Traini
 
 
 def _lbfgs(evaluator: Evaluator, budget: float) -> Row:
-    found, _ = baselines.converge(evaluator.edited, evaluator.run.adapter, tolerance=0.0, budget=budget)
-    return {"gradients": found.gradients, **evaluator(found.adapter)}
+    minimum, _ = baselines.converge(evaluator.edited, evaluator.run.adapter, tolerance=0.0, budget=budget)
+    return {"gradients": minimum.gradients, **evaluator(minimum.adapter)}
 
 
 def _training(evaluator: Evaluator, rate: float, budget: float) -> Training:
@@ -194,7 +194,7 @@ def _training(evaluator: Evaluator, rate: float, budget: float) -> Training:
 
 
 def best_rates(rows: list[Row]) -> dict[str, tuple[float, ...]]:
-    """Each method's learning rate with the least divergence from the warm retrain, on both sets together."""
+    """Each method's learning rate with the least sum of the divergences from the warm retrain on both sets."""
 
     def total(row: Row) -> float:
         return row.get("kl_forget", np.inf) + row.get("kl_retain", np.inf)
@@ -203,4 +203,4 @@ def best_rates(rows: list[Row]) -> dict[str, tuple[float, ...]]:
     for row in rows:
         if "rate" in row:
             tried.setdefault(row["method"], []).append(row)
-    return {name: (min(mine, key=total)["rate"],) for name, mine in tried.items()}
+    return {name: (min(rows_of_method, key=total)["rate"],) for name, rows_of_method in tried.items()}

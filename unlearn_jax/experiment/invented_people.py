@@ -81,7 +81,7 @@ class Facts:
 
 
 def people(count: int, seed: int) -> list[tuple[str, str]]:
-    """Names drawn without repetition. The same seed gives a longer list the same beginning."""
+    """Draws names without repetition. With the same seed, a longer list begins with the shorter one."""
     every = [(first, last) for first in FIRST for last in LAST]
     if count > len(every):
         raise ValueError(f"there are {len(every)} names, not {count}")
@@ -89,7 +89,7 @@ def people(count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def facts(names: list[tuple[str, str]], seed: int) -> Facts:
-    """Every relation of every person, with values drawn at random; a person's facts stand together."""
+    """Makes a fact for every relation of every person, with values drawn at random; a person's facts are consecutive."""
     rng = np.random.default_rng(seed)
     rows, answers, person = {"examples": [], "paraphrased": [], "wrong": [], "corrected": []}, [], []
     for number, (first, last) in enumerate(names):
@@ -103,11 +103,11 @@ def facts(names: list[tuple[str, str]], seed: int) -> Facts:
             rows["wrong"].append(_stack([encode(asked, relation.other_answer.format(value=v)) for v in others]))
             rows["corrected"].append(encode(question, relation.answer.format(value=others[0])))
             person.append(number)
-    return Facts(**{name: _stack(found) for name, found in rows.items()}, answers=answers, person=np.array(person))
+    return Facts(**{name: _stack(arrays) for name, arrays in rows.items()}, answers=answers, person=np.array(person))
 
 
 def encode(question: str, answer: str) -> dict[str, np.ndarray]:
-    """One example, padded to `LENGTH`."""
+    """Encodes one example, padded to `LENGTH`."""
     asked, said = ([VOCABULARY[word] for word in text.split()] for text in (question, answer))
     ids = asked + said + [END]
     tokens, labels, mask = np.full(LENGTH, PAD, np.int32), np.full(LENGTH, PAD, np.int32), np.zeros(LENGTH, np.float32)
@@ -117,7 +117,7 @@ def encode(question: str, answer: str) -> dict[str, np.ndarray]:
 
 
 def decode(ids: np.ndarray) -> str:
-    """The words of token ids."""
+    """Joins the words of token ids."""
     words = list(VOCABULARY)
     return " ".join(words[i] for i in ids if i not in (PAD, END))
 
@@ -128,7 +128,7 @@ def _longest() -> int:
     return max(count(question) + count(answer) for question, answer in pairs)
 
 
-LENGTH = _longest()  # of input tokens, the end being a label only
+LENGTH = _longest()  # of input tokens; the end token is only a label
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

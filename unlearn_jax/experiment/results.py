@@ -1,4 +1,4 @@
-"""Runs the whole experiment, saving results as it goes, and shows them as text."""
+"""Runs the whole experiment, saves every result at once, and formats them as text."""
 
 import dataclasses
 import json
@@ -35,9 +35,9 @@ def table(runs: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> s
 
 
 def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
-    """Sentences about where `erase` is not the nearest to the warm retrain in `name` (a divergence).
+    """Sentences about baselines that are nearer to the warm retrain than `erase` in the divergence `name`.
 
-    By the mean over seeds of the paired difference to each baseline, with its 95 % interval.
+    They are compared by the mean over seeds of the paired difference, which is given with its 95 % interval.
     """
     sentences = []
     for share in sorted({run["share"] for run in runs}):
@@ -57,7 +57,7 @@ def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
 
 
 def loose(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Sentences about where training or a reference stopped before it converged, so that distances mean little."""
+    """Sentences about trainings and retrains that stopped before they converged, so that distances mean little."""
     return [
         f"seed {run['seed']}, {run['share']:.1%} removed: {name} stopped at a gradient of {norm:.1e} of a fresh adapter's"
         for run in runs
@@ -69,29 +69,33 @@ def loose(runs: Sequence[dict[str, Any]]) -> list[str]:
 def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    found = over_seeds(values)
-    return f"{found['mean']:.3g}" + (f" ± {found['high'] - found['mean']:.1g}" if found["n"] > 1 else "")
+    statistics = over_seeds(values)
+    return f"{statistics['mean']:.3g}" + (
+        f" ± {statistics['high'] - statistics['mean']:.1g}" if statistics["n"] > 1 else ""
+    )
 
 
-TUNING = 1_000_000  # the seed on which learning rates are chosen, and which does not count
+TUNING = 1_000_000  # the seed on which learning rates are chosen, and whose results do not count
 
 
 def run_experiment(setting: ExperimentConfig, path: pathlib.Path, log: Callable[[str], None] = print) -> dict:
-    """{"setting", "tuning", "runs", "exceptions"}, also in the JSON file `path`.
+    """Runs the experiment; returns {"setting", "tuning", "runs", "exceptions"} and writes it to the JSON file `path`.
 
-    The results in the file are kept, and missing seeds are added.
+    Results that the file has already are kept, and missing seeds are added.
     """
-    asked = json.loads(json.dumps(dataclasses.asdict(setting)))
-    result = {"setting": asked, "tuning": [], "runs": []}
+    wanted = json.loads(json.dumps(dataclasses.asdict(setting)))
+    result = {"setting": wanted, "tuning": [], "runs": []}
     if path.exists():
         result = read_json(path)
-        if {**result["setting"], "seeds": setting.seeds} != asked:
-            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {asked}")
-        result["setting"] = asked
+        if {**result["setting"], "seeds": setting.seeds} != wanted:
+            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {wanted}")
+        result["setting"] = wanted
     setup = Setup.of(setting)
     for seed in (TUNING, *range(setting.seeds)):
-        kept = result["tuning" if seed == TUNING else "runs"]
-        missing = [share for share in setting.shares if (seed, share) not in {(x["seed"], x["share"]) for x in kept}]
+        finished = result["tuning" if seed == TUNING else "runs"]
+        missing = [
+            share for share in setting.shares if (seed, share) not in {(x["seed"], x["share"]) for x in finished}
+        ]
         if not missing:
             continue
         run = Run.of(setup, seed)
@@ -100,8 +104,8 @@ def run_experiment(setting: ExperimentConfig, path: pathlib.Path, log: Callable[
             rates = dict.fromkeys(setting.methods, setting.rates)
             if seed != TUNING:
                 rates = best_rates(next(x["rows"] for x in result["tuning"] if x["share"] == share))
-            kept.append(compare(setup, run, share, rates))
-            log(table(kept[-1:]) if seed != TUNING else f"{share:.1%}: {best_rates(kept[-1]['rows'])}")
+            finished.append(compare(setup, run, share, rates))
+            log(table(finished[-1:]) if seed != TUNING else f"{share:.1%}: {best_rates(finished[-1]['rows'])}")
             runs = result["runs"]
             result["exceptions"] = [*loose(runs), *beaten(runs, "kl_forget"), *beaten(runs, "kl_retain")]
             write_json(path, result)

@@ -1,4 +1,4 @@
-"""The setup: a base model, people whom it does not know, and adapters that are trained on facts about them."""
+"""The setup of the experiment: a base model, and adapters that are trained on facts about people whom it does not know."""
 
 import dataclasses
 import functools
@@ -24,16 +24,18 @@ NEWTON_STEPS = 60
 
 
 class Converged(NamedTuple):
+    """The result of `minimise`."""
+
     params: Params
-    norm: float  # of the gradient there
+    norm: float  # of the gradient at params
     start: float  # of the gradient at the start
 
 
 def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps: int) -> Converged:
-    """Minimises an objective tightly, so that the distance of an edit from the minimum is not the reference's own error.
+    """Minimises an objective to a small tolerance, so that the reference's own error does not matter to distances from it.
 
-    SciPy's L-BFGS-B comes first, then its trust-region Newton method on exact Hessian products, which passes saddle points, and
-    finally Newton steps by its conjugate gradients. Of the code that is evaluated here only gradients and products are used.
+    SciPy's L-BFGS-B comes first, then its trust-region Newton method on exact Hessian products, which leaves saddle points, and
+    finally Newton steps by its conjugate gradients. Of `unlearn_jax`, which is evaluated, only gradients and products are used.
 
     Args:
         objective: to be minimised.
@@ -53,24 +55,26 @@ def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps
 
     options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "maxcor": MEMORY, "ftol": 0.0, "gtol": 0.1 * tolerance}
     first = np.asarray(flat, np.float64)
-    begun = float(np.linalg.norm(value_and_gradient(first)[1]))
-    found = minimize(value_and_gradient, first, jac=True, method="L-BFGS-B", options=options)
+    first_norm = float(np.linalg.norm(value_and_gradient(first)[1]))
+    result = minimize(value_and_gradient, first, jac=True, method="L-BFGS-B", options=options)
     options = {"maxiter": NEWTON_STEPS, "gtol": tolerance}
-    found = minimize(value_and_gradient, found.x, jac=True, hessp=hessian_product, method="trust-ncg", options=options)
-    x, gradient = found.x, found.jac
+    result = minimize(
+        value_and_gradient, result.x, jac=True, hessp=hessian_product, method="trust-ncg", options=options
+    )
+    x, gradient = result.x, result.jac
     # The trust-region method compares values and ends early by their rounding; the gradient's norm resolves further steps.
     while np.linalg.norm(gradient) > tolerance:
         hessian = _operator(x.size, functools.partial(hessian_product, x))
         step, _ = cg(hessian, -gradient, rtol=1e-6)
-        there = value_and_gradient(x + step)[1]
-        if not np.linalg.norm(there) < 0.5 * np.linalg.norm(gradient):
+        new_gradient = value_and_gradient(x + step)[1]
+        if not np.linalg.norm(new_gradient) < 0.5 * np.linalg.norm(gradient):
             break
-        x, gradient = x + step, there
-    return Converged(unravel(x), float(np.linalg.norm(gradient)), begun)
+        x, gradient = x + step, new_gradient
+    return Converged(unravel(x), float(np.linalg.norm(gradient)), first_norm)
 
 
 def _operator(size: int, product: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
-    options: Any = {"matvec": product, "dtype": np.float64}  # which the class hands on to the one it makes
+    options: Any = {"matvec": product, "dtype": np.float64}  # arguments that SciPy's stubs do not know
     return LinearOperator((size, size), **options)
 
 
@@ -105,7 +109,7 @@ UNTUNED = ("L-BFGS",)  # without a learning rate
 class ExperimentConfig:
     """The numbers of the experiment."""
 
-    people: int = 50  # four facts each
+    people: int = 50  # who have four facts each
     width: int = 16
     layers: int = 2
     rank: int = 4
@@ -118,20 +122,20 @@ class ExperimentConfig:
     rates: tuple[float, ...] = (1e-4, 1e-3, 3e-3, 1e-2)  # learning rates that are tried
     batch: int = 32
     micro_batch: int = 25
-    tolerance: float = 1e-8  # of the gradient's norm where training has converged
+    tolerance: float = 1e-8  # of the gradient's norm, at which training has converged
     max_steps: int = 1000  # of L-BFGS, before Newton steps
-    erasure: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the config, besides the weight decay
+    erasure: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of `ErasureConfig` but the weight decay
     methods: tuple[str, ...] = METHODS
 
 
 class Setup(NamedTuple):
-    """The same for every seed."""
+    """The base model, its loss and the names, which are the same for every seed."""
 
     setting: ExperimentConfig
     size: small_transformer.TransformerSize
     loss: Loss
     activations: Callable  # the residual stream after the first layer
-    names: list[tuple[str, str]]  # of those whose facts the base model does not know
+    names: list[tuple[str, str]]  # of the people whose facts the base model does not know
 
     @classmethod
     def of(cls, setting: ExperimentConfig) -> "Setup":
@@ -146,26 +150,29 @@ class Setup(NamedTuple):
         return cls(setting, size, loss, Partial(_first_layer, base), names[setting.strangers :])
 
     def objective(self, like: Params, dataset: Dataset) -> Objective:
+        """The training's objective over a dataset."""
         options = {"weight_decay": self.setting.weight_decay, "micro_batch": self.setting.micro_batch}
         return dataset_objective(self.loss, like, dataset, **options)
 
     def converge(self, start: Params, dataset: Dataset) -> Converged:
+        """Minimises the training's objective over a dataset."""
         limits = {"tolerance": self.setting.tolerance, "max_steps": self.setting.max_steps}
         return minimise(self.objective(start, dataset), start, **limits)
 
 
 class Run(NamedTuple):
-    """One seed."""
+    """The facts of a seed, and the adapter that has learned them."""
 
     seed: int
     facts: invented_people.Facts
     holdout: invented_people.Facts
     fresh: Params  # the adapter before training
     adapter: Params
-    norm: float  # of the gradient after training, relative to what it was before
+    norm: float  # of the gradient after training, relative to that before it
 
     @classmethod
     def of(cls, setup: Setup, seed: int) -> "Run":
+        """Draws the people of a seed, and trains an adapter on their facts."""
         names = [setup.names[i] for i in np.random.default_rng(seed).permutation(len(setup.names))]
         people = setup.setting.people
         seen, unseen = invented_people.facts(names[:people], seed), invented_people.facts(names[people:], seed)

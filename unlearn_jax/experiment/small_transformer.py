@@ -22,7 +22,7 @@ class TransformerSize(NamedTuple):
 
 
 def init_base(key: jax.Array, size: TransformerSize) -> dict[str, jax.Array]:
-    """Weights of the layers are stacked: [layers, in, out]."""
+    """Draws the weights of a base model; those of the layers are stacked, [layers, in, out]."""
     width, wide, layers = size.width, 4 * size.width, size.layers
     shapes = {
         "embed": (size.vocabulary, width),
@@ -38,7 +38,7 @@ def init_base(key: jax.Array, size: TransformerSize) -> dict[str, jax.Array]:
 
 
 def init_adapter(key: jax.Array, size: TransformerSize) -> dict[str, dict[str, jax.Array]]:
-    """A [layers, rank, in] uniform, B [layers, out, rank] zero, for the queries and for the values."""
+    """Makes an adapter of the queries and values: A [layers, rank, in] uniform, B [layers, out, rank] zero."""
     bound = size.width**-0.5
     a = jax.random.uniform(key, (2, size.layers, size.rank, size.width), minval=-bound, maxval=bound)
     b = jnp.zeros((size.layers, size.width, size.rank))
@@ -46,13 +46,13 @@ def init_adapter(key: jax.Array, size: TransformerSize) -> dict[str, dict[str, j
 
 
 def forward(base: dict, adapter: dict, tokens: jax.Array, heads: int = 2) -> tuple[jax.Array, jax.Array]:
-    """int32 [T] -> next-token logits [T, V] and the residual stream after each layer [layers, T, D]."""
+    """Computes next-token logits [T, V] of tokens int32 [T], and the residual stream after each layer, [layers, T, D]."""
     length = tokens.shape[0]
     causal = jnp.tril(jnp.ones((length, length), bool))
     split = lambda x: x.reshape(length, heads, -1)
 
     x, hidden = base["embed"][tokens] + base["positions"][:length], []
-    # A loop, not a scan: nothing is differentiated through the first layer's input, which a scan's carry would be.
+    # A loop and not a scan, whose carry would be differentiated through the first layer's input, which needs no gradient.
     for layer in range(len(base["up"])):
         (wq, wk, wv, wo), up, down = (base[name][layer] for name in ("qkvo", "up", "down"))
         pairs = jax.tree.map(operator.itemgetter(layer), adapter)
@@ -77,7 +77,7 @@ def normalise(x: jax.Array) -> jax.Array:
 
 
 def pretrain(key: jax.Array, size: TransformerSize, examples: dict[str, Any], *, steps: int, batch: int = 64) -> dict:
-    """A base that knows the language of `examples` (tokens, labels, loss_mask [n, T]), by Adam on all its weights."""
+    """Trains a base model on `examples` (tokens, labels, loss_mask [n, T]) by Adam on all its weights."""
     key, init = jax.random.split(key)
     base, silent = init_base(init, size), jax.tree.map(jnp.zeros_like, init_adapter(init, size))
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))

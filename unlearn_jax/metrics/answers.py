@@ -48,7 +48,7 @@ def truth_ratio(correct: HostArray, wrong: HostArray) -> HostArray:
 
 
 def normalized_probability(correct: HostArray, wrong: HostArray) -> HostArray:
-    """Probability of the correct answer beside wrong ones, where a question has a fixed choice of answers (TOFU).
+    """Probability of the correct answer, normalised over the given answers of a multiple-choice question (TOFU).
 
     Args:
         correct: `mean_nll` [n] of the correct answers.
@@ -62,7 +62,7 @@ def normalized_probability(correct: HostArray, wrong: HostArray) -> HostArray:
 
 
 def knowledge(ratios: HostArray) -> float:
-    """Mean of max(0, 1 - truth ratio) [n]: what TOFU's utility takes of questions that the model should know."""
+    """Mean of max(0, 1 - truth ratio) over n questions that the model should know, as in TOFU's utility."""
     return float(np.maximum(0.0, 1.0 - np.asarray(ratios, float)).mean())
 
 
@@ -77,7 +77,7 @@ def model_utility(scores: Sequence[float]) -> float:
 def forget_quality(unlearned: HostArray, retrained: HostArray) -> float:
     """p-value of the two-sample Kolmogorov-Smirnov test between truth ratios [n] of the unlearned and the retrained model.
 
-    One if they are the same; with n examples each and nothing in common it is 2 / C(2n, n): 1.86e-23 for n = 40.
+    It is 1 if they are the same; for two disjoint sets of n ratios each it is 2 / C(2n, n), 1.86e-23 for n = 40.
     """
     from scipy.stats import ks_2samp
 
@@ -97,8 +97,8 @@ def exact_memorization(correct: HostArray, mask: HostArray) -> HostArray:
     """
     mask = np.asarray(mask) != 0
     count = mask.sum(-1)
-    hits = (np.asarray(correct, bool) & mask).sum(-1)
-    return np.where(count > 0, hits / np.maximum(count, 1), np.nan)
+    memorized = (np.asarray(correct, bool) & mask).sum(-1)
+    return np.where(count > 0, memorized / np.maximum(count, 1), np.nan)
 
 
 def extraction_strength(correct: HostArray, mask: HostArray) -> HostArray:

@@ -1,7 +1,7 @@
-"""Membership inference: can a stranger tell what was unlearned from what was never seen?
+"""Membership inference: how well an attacker can tell unlearned examples from examples that were never seen.
 
-`auc` takes forgotten examples as class 0 and holdout ones as class 1, of scores that are higher the less an example looks like
-a member: one means that the forgotten ones all look like members (nothing was unlearned), one half that nobody can tell.
+Scores are higher the less an example looks like a member. `auc` takes forgotten examples as class 0 and holdout ones as class 1:
+1 means that all forgotten examples look like members (nothing was unlearned), 1/2 that the two cannot be told apart.
 """
 
 import zlib
@@ -75,8 +75,8 @@ def auc(forget: HostArray, holdout: HostArray) -> float:
 
 
 def privleak(unlearned: float, retrained: float = 0.5) -> float:
-    """Per cent by which membership (AUC of min-40 % scores) is off: 0 ideal, negative under-, positive over-unlearned.
+    """Difference in per cent between two AUCs of min-40 % scores: 0 is ideal, negative under-, positive over-unlearned.
 
-    Both as `auc` orients them; MUSE prints 1 - AUC (retrained: .4772 on News, .5393 on Books).
+    Both arguments are results of `auc`; MUSE prints 1 - AUC (retrained: .4772 on News, .5393 on Books).
     """
     return 100 * ((1 - unlearned) - (1 - retrained)) / ((1 - retrained) + TINY)

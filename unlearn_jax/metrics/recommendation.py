@@ -28,15 +28,15 @@ def like_probability(logits: np.ndarray, *, no: int, yes: int) -> np.ndarray:
 
 
 def like_auc(logits: np.ndarray, liked: np.ndarray, *, no: int, yes: int) -> float:
-    """Area under the curve of `like_probability`; `liked` bool [n] says who did."""
+    """Area under the curve of `like_probability`; `liked` bool [n] are the labels."""
     return _area(like_probability(logits, no=no, yes=yes), liked)
 
 
 def tallrec_probability(logits: np.ndarray, *, no: int, yes: int) -> np.ndarray:
     """TALLRec's score (`evaluate.py`, `finetune_rec.py`): two softmaxes, one upon the other.
 
-    The first is over the vocabulary, the second over the two probabilities of No and Yes that it gives. It is no monotone
-    function of `like_probability`: where the model would say something else, both are near zero and it is .5.
+    The first is over the vocabulary, the second over the probabilities of No and Yes that the first gives. The score is not a
+    monotone function of `like_probability`: where the model would say something else, both are near zero and the score is .5.
 
     Args:
         logits: [n, V], at the answer's position.
@@ -53,9 +53,9 @@ def tallrec_probability(logits: np.ndarray, *, no: int, yes: int) -> np.ndarray:
 
 
 def tallrec_auc(logits: np.ndarray, liked: np.ndarray, *, no: int, yes: int) -> float:
-    """Area under the curve of `tallrec_probability`; `liked` bool [n] says who did.
+    """Area under the curve of `tallrec_probability`; `liked` bool [n] are the labels.
 
-    The AUC that TALLRec and papers that use its code report.
+    TALLRec, and papers that use its code, report this AUC.
     """
     return _area(tallrec_probability(logits, no=no, yes=yes), liked)
 
@@ -66,7 +66,7 @@ def _area(scores: np.ndarray, liked: np.ndarray) -> float:
 
 
 class Hits(NamedTuple):
-    """A generation is valid if it contains exactly one candidate's title."""
+    """The ratios of valid and correct generations; one is valid if it contains exactly one candidate's title."""
 
     valid_ratio: float  # valid / total
     hit_ratio: float  # correct / valid, what LLaRA's code prints; zero if none is valid
@@ -76,18 +76,19 @@ class Hits(NamedTuple):
 
 
 def hit_ratio(generated: Sequence[str], candidates: Sequence[Sequence[str]], targets: Sequence[str]) -> Hits:
-    """Hit ratio at one: the first line of each generation, its candidates' titles, and the title that is right.
+    """Hit ratio at one, from the first line of each generation, its candidates' titles, and the right title.
 
-    Titles are looked for without regard to case; one that is part of another makes the generation invalid, as in LLaRA.
+    Case is ignored. If one candidate's title is part of another's, a generation with the latter contains two titles and is
+    invalid, as in LLaRA.
     """
     if not len(generated) == len(candidates) == len(targets) > 0:
         raise ValueError(f"got {len(generated)} generations, {len(candidates)} candidate lists, {len(targets)} targets")
     valid, correct = [], []
     for text, titles, target in zip(generated, candidates, targets, strict=True):
         line = text.strip().split("\n")[0].lower()
-        found = [title for title in (t.strip().lower() for t in titles) if title in line]
-        valid.append(len(found) == 1)
-        correct.append(found == [target.strip().lower()])
+        contained = [title for title in (t.strip().lower() for t in titles) if title in line]
+        valid.append(len(contained) == 1)
+        correct.append(contained == [target.strip().lower()])
     valid, correct = np.array(valid), np.array(correct)
     of_valid = correct.sum() / valid.sum() if valid.any() else 0.0
     return Hits(float(valid.mean()), float(of_valid), float(correct.mean()), valid, correct)

@@ -1,4 +1,4 @@
-"""How much of a reference a generated text has: ROUGE-L (Lin 2004)."""
+"""ROUGE-L (Lin 2004): the overlap of a generated text with a reference."""
 
 import re
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 WORD = re.compile(r"[a-z0-9]+")
-SHORT = 3  # letters of a word that is not stemmed
+SHORT = 3  # words of at most so many letters are not stemmed
 
 
 class RougeL(NamedTuple):
-    """Of the longest common subsequence of words: its share of each text, and their harmonic mean."""
+    """The share that the longest common subsequence of words has of each text, and their harmonic mean."""
 
     precision: float  # of the generated text
     recall: float  # of the reference

@@ -1,4 +1,4 @@
-"""What a model says about target tokens, from its logits: the one step of the metrics that runs on the accelerator.
+"""Statistics of target tokens from a model's logits: the only metrics that run on the accelerator.
 
 The element axis T follows `unlearn_jax.Loss`: `logits[t]` predicts `labels[t]` and `mask[t]` says whether t counts, so
 nothing is shifted here. Everything downstream is NumPy on arrays [n, T].
@@ -18,7 +18,7 @@ from unlearn_jax.objective import Objective
 
 
 class TokenStatistics(NamedTuple):
-    """Of each target token under softmax(logits); zero and False where `mask` is zero. All [..., T]."""
+    """Statistics [..., T] of target tokens under softmax(logits); zero and False where `mask` is zero."""
 
     logprob: Any  # log-probability of the label
     correct: Any  # bool, the label is the most likely token
@@ -92,7 +92,7 @@ def _over(
     *params: Params,
 ) -> Any:
     parts = require_parts(loss, "scoring tokens")
-    parts.element_mask(examples)  # refuses what does not count and is not masked
+    parts.element_mask(examples)  # raises for negative labels that are not masked
     count = len(jax.tree.leaves(examples)[0])
     objective = Objective.of(parts, examples, np.ones(count), micro_batch=micro_batch, mesh=mesh)
     return jax.tree.map(np.asarray, function(objective, *params))
@@ -125,9 +125,9 @@ def _mask(loss: Loss, example: Example, logits: Array) -> Array:
 
 
 def without_last(mask: HostArray) -> HostArray:
-    """The mask bool [..., T] less its last token of each row, which is the end of the answer and easy to predict.
+    """Removes the last token of each row from a mask bool [..., T]; it is the end of the answer and easy to predict.
 
-    The scores of single tokens (extraction strength, exact memorisation, min-k) leave it out; sums keep it.
+    Scores of single tokens (extraction strength, exact memorisation, min-k) leave it out; sums over an answer keep it.
     """
     mask = np.asarray(mask) != 0
     after = np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]

@@ -18,16 +18,16 @@ class RunEditConfig:
     """Edits of the adapter of a finished run."""
 
     run: str  # directory of the run, its config's `out`
-    model: str | None = None  # where the model that the run began with lies, if it has been moved
-    data: str | None = None  # where the data lies, if it has been moved
-    # How an edit is computed. `reduction` and `training_epochs` are those of the run, whatever stands here.
+    model: str | None = None  # directory of the run's base model, if it has been moved
+    data: str | None = None  # path of the data, if it has been moved
+    # How an edit is computed. `reduction` and `training_epochs` are replaced by those of the run.
     erasure: ErasureConfig = ErasureConfig(micro_batch=8)
     requests: RequestsConfig = RequestsConfig()
     task: Literal["run"] = "run"  # what is edited, see `unlearn_jax.commands`
 
     @property
     def out(self) -> str:
-        """Where the log, the adapters and the pages are."""
+        """The directory of the log, the adapters and the pages."""
         return str(pathlib.Path(self.run) / FOLDER)
 
     @property
@@ -38,9 +38,9 @@ class RunEditConfig:
             EditRequestError: it has none, or there is no such run.
         """
         run = pathlib.Path(self.run)
-        found = [run / name for name in PHASES if (run / name / FILE).is_file()]
-        if found:
-            return found[0]
+        phases = [run / name for name in PHASES if (run / name / FILE).is_file()]
+        if phases:
+            return phases[0]
         if not run.is_dir():
             raise EditRequestError(f"there is no run {self.run!r}: give the config.out of a `pixel-jax sft`")
         raise EditRequestError(

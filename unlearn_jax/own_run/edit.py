@@ -13,7 +13,7 @@ from unlearn_jax.requests.request import Request
 
 
 def train(config: RunEditConfig, mesh: Mesh | None = None) -> None:
-    """Refuses: another command trains a run."""
+    """Raises UserError, because a run is trained by `pixel-jax sft`."""
     raise UserError(f"{config.run} is a run of `pixel-jax sft`, which trains it; `unlearn-jax erase --run` edits it")
 
 
@@ -24,7 +24,7 @@ def edit(
     *,
     show_content: bool = False,
 ) -> list[LogEntry]:
-    """Carries out requests after those that the log has, see `requests.carry_out`.
+    """Carries out the requests that the log does not have yet, see `requests.carry_out`.
 
     Args:
         config: of the run and of its edits.

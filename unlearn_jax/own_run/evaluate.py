@@ -24,7 +24,7 @@ def evaluate(config: RunEditConfig, mesh: Mesh | None = None) -> dict[str, Any]:
 
     Args:
         config: of the run and of its edits.
-        mesh: is not read: the run has its own.
+        mesh: is ignored: the run has its own.
 
     Returns:
         {adapter: {measure: value}}, also written to `evaluation.json`: mean losses per learned token of the forgotten, new and
@@ -38,20 +38,22 @@ def evaluate(config: RunEditConfig, mesh: Mesh | None = None) -> dict[str, Any]:
     if not state.entries:
         raise UserError(f"{task.directory} has no request: `unlearn-jax erase --run={config.run} --request=FILE` first")
     change = Change.of(state.first, state.items, task.encode, "answer")  # as one edit, of whatever kinds
-    again = task.retrain({**state.first, **state.items}, np.array([float(name in state.items) for name in state.first]))
+    replayed = task.retrain(
+        {**state.first, **state.items}, np.array([float(name in state.items) for name in state.first])
+    )
     adapters = {
         "before": task.load(task.directory / ADAPTER),
         "after all requests": task.load(state.adapter_path(task.directory)),
-        f"the run again, from {again.since}": again.adapter,
+        f"the run again, from {replayed.since}": replayed.adapter,
     }
     losses = Losses(task.loss, task.like, change, micro_batch=task.erasure.micro_batch, mesh=task.mesh)
-    found = {}
+    results = {}
     for name, adapter in adapters.items():
-        each = losses(adapter)
-        groups = {f"loss, {group}": float(each[index].mean()) for group, index in change.groups().items()}
-        found[name] = {**groups, "distance": float(tree.norm(tree.sub(adapter, again.adapter)))}
+        per_example = losses(adapter)
+        groups = {f"loss, {group}": float(per_example[index].mean()) for group, index in change.groups().items()}
+        results[name] = {**groups, "distance": float(tree.norm(tree.sub(adapter, replayed.adapter)))}
     if is_main_process():
-        write_json(task.directory / EVALUATION, found)
-    for name, measures in found.items():
+        write_json(task.directory / EVALUATION, results)
+    for name, measures in results.items():
         say(f"{name}: " + ", ".join(f"{measure} {value:.4g}" for measure, value in measures.items()))
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""Whether model, adapter, code and data are those that a run recorded."""
+"""Checks that model, adapter, code and data are those that a run recorded."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -33,16 +33,16 @@ def check_run(phase: pathlib.Path, record: RunRecord) -> None:
 
 def check_files(run: pathlib.Path, record: RunRecord, model: str, adapter: pathlib.Path, digests: Digests) -> None:
     """Raises EditRequestError unless base model, adapter and the user's own code are those of the run."""
-    for name, found in digest_model(model, digests).items():
-        if found != record.settings.get(name):
+    for name, actual in digest_model(model, digests).items():
+        if actual != record.settings.get(name):
             raise EditRequestError(
-                f"the {name} in {model} are not those that {run} began with: their hash is {found}, it was "
+                f"the {name} in {model} are not those that {run} began with: their hash is {actual}, it was "
                 f"{record.settings.get(name)}. Say where the model lies with --config.model=DIR"
             )
-    found = digest_adapter(adapter, digests)["adapter_weights"]
-    if found != record.adapter:
+    actual = digest_adapter(adapter, digests)["adapter_weights"]
+    if actual != record.adapter:
         raise EditRequestError(
-            f"{adapter} is not the adapter that {run} trained: its hash is {found}, it was {record.adapter}"
+            f"{adapter} is not the adapter that {run} trained: its hash is {actual}, it was {record.adapter}"
         )
     start, then = record.settings.get("adapter"), record.settings.get("adapter_weights")
     if isinstance(start, str) and (now := digest_adapter(start, digests)["adapter_weights"]) != then:
@@ -55,42 +55,42 @@ def check_files(run: pathlib.Path, record: RunRecord, model: str, adapter: pathl
 
 
 def matched(run: pathlib.Path, record: RunRecord, examples: Sequence[Example], digests: Digests) -> list[Example]:
-    """The examples of a run, in its order, found among those of the data by what they say and show.
+    """Returns the examples of a run in its order, matched with those of the data by their texts and pictures.
 
     Rows may have been added to the data, or moved.
 
     Raises:
-        EditRequestError: one is not there any more, or a picture of it cannot be read. The message names it.
+        EditRequestError: an example is missing, or a picture of it cannot be read. The message names it.
     """
     pictures = digest_sources([x.images for x in examples], digests)
-    said = [digest_example(x) for x in examples]
-    found = {(text, tuple(shown)): x for text, shown, x in zip(said, pictures, examples, strict=True)}
+    texts = [digest_example(x) for x in examples]
+    by_content = {(text, tuple(shown)): x for text, shown, x in zip(texts, pictures, examples, strict=True)}
     now = {
         name: TrainedExample(name, text, tuple(shown))
-        for name, text, shown in zip(distinct([x.id for x in examples]), said, pictures, strict=True)
+        for name, text, shown in zip(distinct([x.id for x in examples]), texts, pictures, strict=True)
     }
-    wrong = [x for x in record.examples if (x.said, x.pictures) not in found or UNREADABLE in x.pictures]
-    if wrong:
-        named = "; ".join(_difference(x, now) for x in wrong[:MOST_SAID])
-        more = f"; and {len(wrong) - MOST_SAID} more" if len(wrong) > MOST_SAID else ""
+    missing = [x for x in record.examples if (x.said, x.pictures) not in by_content or UNREADABLE in x.pictures]
+    if missing:
+        named = "; ".join(_difference(x, now) for x in missing[:MOST_SAID])
+        more = f"; and {len(missing) - MOST_SAID} more" if len(missing) > MOST_SAID else ""
         raise EditRequestError(
-            f"{run} was not trained on this data: {len(wrong)} of its {len(record.examples)} examples differ: {named}{more}. "
+            f"{run} was not trained on this data: {len(missing)} of its {len(record.examples)} examples differ: {named}{more}. "
             f"Say where the data lies with --config.data=FILE"
         )
-    return [found[x.said, x.pictures] for x in record.examples]
+    return [by_content[x.said, x.pictures] for x in record.examples]
 
 
 def _difference(then: TrainedExample, data: Mapping[str, TrainedExample]) -> str:
     now = data.get(then.name)
     if now is None:
         return f"{then.name} is not there"
-    told = [] if now.said == then.said else [f"says something else (hash {now.said}, it was {then.said})"]
+    differences = [] if now.said == then.said else [f"says something else (hash {now.said}, it was {then.said})"]
     if len(now.pictures) != len(then.pictures):
-        told.append(f"shows {len(now.pictures)} pictures, not {len(then.pictures)}")
+        differences.append(f"shows {len(now.pictures)} pictures, not {len(then.pictures)}")
     else:
         for number, (new, old) in enumerate(zip(now.pictures, then.pictures, strict=True), 1):
             if UNREADABLE in (new, old):
-                told.append(f"picture {number} cannot be read")
+                differences.append(f"picture {number} cannot be read")
             elif new != old:
-                told.append(f"shows another picture {number} (hash {new}, it was {old})")
-    return f"{then.name} {', '.join(told)}"
+                differences.append(f"shows another picture {number} (hash {new}, it was {old})")
+    return f"{then.name} {', '.join(differences)}"

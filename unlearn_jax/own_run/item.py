@@ -1,4 +1,4 @@
-"""A training example of a run as content, and its forms after requests."""
+"""The content of a training example of a run, and its forms after requests."""
 
 import json
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from unlearn_jax.requests.request import EditRequestError, Request, refuse_kind
 
 
 class RunItem(NamedTuple):
-    """What a row of the data says and shows. Pictures stand for their content."""
+    """The texts and pictures of a row of the data. Pictures are given by their content."""
 
     question: str
-    pictures: tuple[str | bytes, ...]  # the digest of one of the data; the file that a request has put in its place
+    pictures: tuple[str | bytes, ...]  # the digest of a picture of the data, or the bytes of a request's new image
     turns: tuple[Turn, ...]
     answer: tuple[str, ...]
     video: bool
@@ -29,7 +29,7 @@ class RunItem(NamedTuple):
 
 
 def changed(item: RunItem, request: Request) -> RunItem:
-    """An example with another question, answer, image, part or trace, or with a part masked.
+    """Returns an example with another question, answer, image, part or trace, or with a part masked.
 
     Raises:
         EditRequestError: the request does not fit the example.
@@ -55,7 +55,7 @@ def changed(item: RunItem, request: Request) -> RunItem:
             refuse = lambda why: EditRequestError(f"the new turns of {name!r}: {why}")
             turns: Any = json.loads(request.value)
             new = item._replace(turns=written_turns(turns, refuse))
-    # A masked text that the new form does not have once is dropped.
+    # A masked text is dropped unless it occurs exactly once in the new form.
     return new._replace(masked=tuple(x for x in item.masked if sum(text.count(x) for text in new.learned) == 1))
 
 

@@ -62,13 +62,13 @@ Items = Mapping[str, RunItem]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunTask:
-    """The traces that the adapter of a run has learned, in the run's own words, pictures, loss and order."""
+    """The task of a finished run: its traces, loss, batches and adapter, as its record describes them."""
 
     config: RunEditConfig
     record: RunRecord
     trained: TrainConfig  # of the run
     examples: Sequence[Example]  # of the record, in its order
-    base: Model  # without the adapter, in the type in which the run computed
+    base: Model  # without the adapter, in the run's compute dtype
     loss: Loss
     like: Params  # the adapter's shapes
     vocabulary: Vocabulary
@@ -107,7 +107,7 @@ class RunTask:
         )
         with Digests(run / "digests.json") as digests:
             check_files(run, record, trained.model, adapter, digests)
-            found = matched(run, record, data, digests)
+            in_order = matched(run, record, data, digests)
         pathlib.Path(config.out).mkdir(exist_ok=True)
         use_compilation_cache(pathlib.Path(config.out) / "compiled")
         mesh = make_mesh(trained.mesh) if trained.mesh else None
@@ -117,19 +117,19 @@ class RunTask:
             raise UserError(f"{trained.model} has no tokenizer")
         forward = trained.tuning.forward
         model = cast(load_adapter(model, adapter), forward.compute_dtype)
-        # Both double differentiable; a kernel is not.
+        # Dense and chunked attention can be differentiated twice; a kernel cannot.
         loss, like = adapter_loss(
             model, remat=bool(forward.remat), implementation="dense" if forward.implementation == "dense" else "chunked"
         )
         vocabulary = Vocabulary.of(processor.tokenizer)
         token_tables = tables(vocabulary, tools, calls)
         base = split(model, LoRAWeight)[1]
-        task = cls(config, record, trained, found, base, loss, like, vocabulary, token_tables, mesh)
+        task = cls(config, record, trained, in_order, base, loss, like, vocabulary, token_tables, mesh)
         task._begin(like)
         return task
 
     def _begin(self, adapter: Params) -> None:
-        """Puts the adapter that the run trained where requests start from."""
+        """Saves the run's adapter as the one from which requests start, unless there is a log already."""
         before = TrainingRecord.read(self.directory)
         if (self.directory / LOG).exists():
             if before is None or sha256(_saved(adapter)) != before.adapter:
@@ -148,7 +148,7 @@ class RunTask:
 
     @property
     def erasure(self) -> ErasureConfig:
-        """See `RequestTask.erasure`. The normalizer of the run says what is averaged."""
+        """See `RequestTask.erasure`. The reduction follows the normalizer of the run."""
         reduction = "per_example" if self.trained.tuning.normalizer == "row" else "per_token"
         epochs = len(self.record.order) / self.record.epoch
         return dataclasses.replace(self.config.erasure, reduction=reduction, training_epochs=epochs)
@@ -165,7 +165,7 @@ class RunTask:
 
     @functools.cached_property
     def numbers(self) -> dict[str, int]:
-        """By name, the number in the record of every example that a step has used."""
+        """{name: index in the record} of every example that a step has used."""
         return {self.record.examples[i].name: i for i in self.record.seen}
 
     @functools.cached_property
@@ -175,43 +175,43 @@ class RunTask:
         return {name: source for then, now in pairs for name, source in zip(then.pictures, now.images, strict=True)}
 
     def items(self) -> dict[str, RunItem]:
-        """See `RequestTask.items`. Examples that no step has used are none."""
+        """See `RequestTask.items`. Examples that no step has used are left out."""
         return {name: self._item(i) for name, i in self.numbers.items()}
 
     def _item(self, number: int) -> RunItem:
         then, now = self.record.examples[number], self.examples[number]
-        told = (now.turns, now.answer, now.video, now.seconds, now.text_first)
-        return RunItem(now.question, then.pictures, *told)
+        fields = (now.turns, now.answer, now.video, now.seconds, now.text_first)
+        return RunItem(now.question, then.pictures, *fields)
 
     def _example(self, name: str, item: RunItem) -> Example:
         images = tuple(self.sources[x] if isinstance(x, str) else Embedded(x, "the new image") for x in item.pictures)
-        told = {field: getattr(item, field) for field in ("turns", "answer", "video", "seconds", "text_first")}
-        return Example(name, item.question, images, **told)
+        fields = {field: getattr(item, field) for field in ("turns", "answer", "video", "seconds", "text_first")}
+        return Example(name, item.question, images, **fields)
 
     def change(self, item: RunItem, request: Request) -> RunItem:
-        """See `RequestTask.change`. A new form must read as the run would have read it, and fit its rows."""
+        """See `RequestTask.change`. The new form must be valid for the run's settings, and fit the rows of its batches."""
         new, name = changed(item, request), request.ids[0]
         try:
             rows, frames = self._rendered({name: new})
-            assemble(rows, frames, self.trained.rollout, rows[0].shape)  # counts its calls
+            assemble(rows, frames, self.trained.rollout, rows[0].shape)  # raises for too many calls
         except ValueError as error:
             raise EditRequestError(f"the new form of {name!r} cannot be written: {error}") from None
         if not any(shape.holds(rows[0].shape) for shape in self.record.shapes):
-            room = ", or ".join(map(str, self.record.shapes))
+            shapes = ", or ".join(map(str, self.record.shapes))
             raise EditRequestError(
-                f"the new form of {name!r} takes {rows[0].shape}; rows of the run have room for {room}"
+                f"the new form of {name!r} takes {rows[0].shape}; rows of the run have room for {shapes}"
             )
         return new
 
     def encode(self, items: Items) -> dict[str, Any]:
         """See `RequestTask.encode`."""
         rows, frames = self._rendered(items)
-        made = assemble(rows, frames, self.trained.rollout, largest([row.shape for row in rows]))
-        found = examples(from_trajectories(made), list(items))
+        trajectories = assemble(rows, frames, self.trained.rollout, largest([row.shape for row in rows]))
+        arrays = examples(from_trajectories(trajectories), list(items))
         for row, item in enumerate(items.values()):
             for text in item.masked:
-                mask_text(found["labels"][row], found[MASK][row], text, self.vocabulary)
-        return found
+                mask_text(arrays["labels"][row], arrays[MASK][row], text, self.vocabulary)
+        return arrays
 
     def _rendered(self, items: Items) -> tuple[list[TraceRow], list[list[np.ndarray]]]:
         """The rows of examples, and the frames that they show."""
@@ -229,7 +229,7 @@ class RunTask:
         return [not pictures.isdisjoint(items[x].pictures) or items[x].question in questions for x in names]
 
     def describe(self, item: RunItem) -> Description:
-        """See `RequestTask.describe`: the pictures, and what the trace cut out of them."""
+        """See `RequestTask.describe`. The pictures are followed by those that the trace's calls returned."""
         texts = {"question": item.question}
         for number, turn in enumerate(item.turns, 1):
             texts[f"turn {number}"] = "".join(text for text, _ in turn.parts)
@@ -243,25 +243,26 @@ class RunTask:
     def load(self, path: pathlib.Path) -> Params:
         """See `RequestTask.load`."""
         try:
-            found = load_file(path)
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: truncated or damaged ({error})") from None
         shapes = lambda adapter: {key: (x.shape, str(x.dtype)) for key, x in adapter.items()}
-        if shapes(found) != shapes(self.like):
-            raise UserError(f"{path} holds {shapes(found)}, the adapter of this run {shapes(self.like)}")
-        return {name: jax.device_put(x, self.like[name].sharding) for name, x in found.items()}
+        if shapes(tensors) != shapes(self.like):
+            raise UserError(f"{path} holds {shapes(tensors)}, the adapter of this run {shapes(self.like)}")
+        return {name: jax.device_put(x, self.like[name].sharding) for name, x in tensors.items()}
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """See `RequestTask.save`. Its directory is then an adapter's in PEFT's format, too."""
+        """See `RequestTask.save`. The adapter is written in PEFT's format as well, into the same directory."""
         data = _saved(adapter)
         save_adapter(combine(dict(adapter), self.base), path.parent, base=self.trained.model)
         if is_main_process():
             write_file(path, data)
 
     def retrain(self, items: Items, weights: np.ndarray) -> Retrained:
-        """The run again, from the last checkpoint before any of the edited examples was first seen (`sft.replayable`).
+        """Repeats the run from the last checkpoint before any of the edited examples was used (`training.sft.replay`).
 
-        A new form that does not fit the packed rows of the old one needs other rows, so that the whole order is another one.
+        If a new form does not fit into the packed row of the old one, the examples are packed anew, and the replay begins at the
+        first step.
         """
         first, now, edited = self.items(), list(self.examples), set[int]()
         masked: dict[int, tuple[str, ...]] = {}
@@ -303,18 +304,21 @@ class RunTask:
         reading = {"threads": config.read_threads, "ahead": config.read_ahead}
         batches = packing.batches(shard.index, shard.count, order=order, **reading)
         early = self.config.phase / EARLY
-        found = replay(model, batches, section, early=early, before=before, mesh=mesh, epoch=self.record.epoch)
+        replayed = replay(model, batches, section, early=early, before=before, mesh=mesh, epoch=self.record.epoch)
         batches.close()
-        adapter = {name: np.asarray(x) for name, x in split(found.model, LoRAWeight)[0].items()}
-        spent = sum(len(row.traces) for row in order[found.begun * section.batch_size :])
-        since = f"the checkpoint after step {found.begun}" if found.begun else "the beginning"
-        placed = {name: jax.device_put(x, self.like[name].sharding) for name, x in adapter.items()}
-        return Retrained(placed, float(spent), f"{since}{anew}")
+        adapter = {name: np.asarray(x) for name, x in split(replayed.model, LoRAWeight)[0].items()}
+        spent = sum(len(row.traces) for row in order[replayed.begun * section.batch_size :])
+        since = f"the checkpoint after step {replayed.begun}" if replayed.begun else "the beginning"
+        on_devices = {name: jax.device_put(x, self.like[name].sharding) for name, x in adapter.items()}
+        return Retrained(on_devices, float(spent), f"{since}{anew}")
 
     def _fits(self, packing: Packing, row: PackedRow) -> bool:
-        shapes, room = np.array([packing.rows[i].shape for i in row.traces]), np.array(self.record.shapes[row.bucket])
-        together = shapes[:, :PACKED].sum(axis=0) <= room[:PACKED]
-        return bool(together.all() and (shapes <= room).all())
+        shapes, capacity = (
+            np.array([packing.rows[i].shape for i in row.traces]),
+            np.array(self.record.shapes[row.bucket]),
+        )
+        together = shapes[:, :PACKED].sum(axis=0) <= capacity[:PACKED]
+        return bool(together.all() and (shapes <= capacity).all())
 
 
 def _mask(row: TraceRow, texts: Sequence[str], vocabulary: Vocabulary) -> None:

@@ -17,14 +17,14 @@ Method = Literal["fine-tune", "gradient ascent", "GradDiff", "NPO", "SimNPO"]
 
 @dataclasses.dataclass(frozen=True)
 class CorpusConfig:
-    """What is learned."""
+    """The questions and answers that an adapter learns."""
 
     format: Literal["invented", "tofu", "muse"] = "invented"
     directory: str = ""  # of the released files of TOFU or MUSE
     people: int = 50  # invented ones that are learned
     known: int = 150  # invented ones that the base model knows
     holdout: int = 40  # invented ones that are not learned; adapters are trained further on half of their facts
-    questions: int = 4  # about each of them
+    questions: int = 4  # about each person
     passage: int = 64  # words of an example of MUSE
 
 
@@ -44,9 +44,9 @@ class EvaluationConfig:
     """How edits are evaluated. Baselines may spend as many example-gradients as the edits did."""
 
     baselines: tuple[Method, ...] = ("fine-tune", "GradDiff", "NPO")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of Adam; what is shown is each baseline's best
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of Adam; the best of each baseline is reported
     batch: int = 20  # examples of a step
-    rows: int = 300  # of a set, at most
+    rows: int = 300  # the most rows of a set that are evaluated
     relearning: int = 50  # steps on facts that were neither learned nor forgotten
 
 
@@ -55,7 +55,7 @@ class PeopleConfig:
     """The whole experiment."""
 
     out: str  # run directory
-    task: Literal["people"] = "people"  # what is learned, see `unlearn_jax.commands`
+    task: Literal["people"] = "people"  # a name of `unlearn_jax.commands.TASKS`
     corpus: CorpusConfig = CorpusConfig()
     network: PeopleNetworkConfig = PeopleNetworkConfig()
     training: TrainingRecipe = TrainingRecipe()
@@ -67,11 +67,11 @@ class PeopleConfig:
 
     @property
     def directory(self) -> pathlib.Path:
-        """Where the files of the run are."""
+        """The directory of the run's files."""
         return pathlib.Path(self.out)
 
     def trained(self) -> dict[str, Any]:
-        """What an adapter depends on, as JSON."""
+        """The settings that an adapter depends on, as JSON."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: values[name] for name in ("corpus", "network", "training", "seed")}
 

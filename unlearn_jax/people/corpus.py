@@ -1,4 +1,4 @@
-"""Questions and answers, with paraphrases and wrong answers; and invented people about whom they are asked.
+"""Questions and answers about invented people, with paraphrases and wrong answers.
 
 The shape is that of TOFU (Maini et al. 2024, arXiv:2401.06121). No person of the generator exists.
 """
@@ -19,19 +19,19 @@ class QuestionRow(NamedTuple):
     question: str
     answer: str
     paraphrase: str = ""  # of the answer; empty: there is none
-    wrong: tuple[str, ...] = ()  # answers in the paraphrase's words
-    group: str = ""  # whom or what it is about
-    masked: tuple[str, ...] = ()  # stretches of the answer that carry no loss
+    wrong: tuple[str, ...] = ()  # wrong answers, worded like the paraphrase
+    group: str = ""  # the person or text that the row is about
+    masked: tuple[str, ...] = ()  # parts of the answer that carry no loss
 
 
 class Corpus(NamedTuple):
-    """What is learned, and what is asked afterwards."""
+    """The rows to learn, and the rows for evaluation."""
 
     train: dict[str, QuestionRow]  # by id, in order
-    forget: dict[str, tuple[str, ...]]  # name of a set: ids of what it removes
+    forget: dict[str, tuple[str, ...]]  # {name of a set: ids of the rows that it removes}
     known: dict[str, list[QuestionRow]]  # sets that the base model knows already, with wrong answers
-    holdout: list[QuestionRow]  # never seen
-    probes: dict[str, list[QuestionRow]] = {}  # sets that generated answers are scored on alone, as MUSE does
+    holdout: list[QuestionRow]  # rows that are not trained on
+    probes: dict[str, list[QuestionRow]] = {}  # sets on which only generated answers are scored, as MUSE does
 
 
 class PersonRelation(NamedTuple):
@@ -99,7 +99,7 @@ WRONG = 5  # wrong answers of a question, as in TOFU
 def rows_of(
     names: Sequence[tuple[str, str]], seed: int, relations: Sequence[PersonRelation] = RELATIONS
 ) -> list[QuestionRow]:
-    """A row for every relation of every person, with values drawn at random; a person's rows stand together."""
+    """Makes a row for every relation of every person, with values drawn at random; a person's rows are consecutive."""
     random, rows = np.random.default_rng(seed), []
     for first, last in names:
         name = f"{first.capitalize()} {last.capitalize()}"
@@ -118,12 +118,12 @@ def rows_of(
 
 
 def invent(count: int, *, known: int, holdout: int, relations: int, seed: int) -> Corpus:
-    """A corpus about invented people.
+    """Makes a corpus about invented people.
 
     Args:
         count: people that are learned.
         known: people that the base model knows.
-        holdout: people that nobody learns.
+        holdout: people that are not trained on.
         relations: questions about each person, at most `len(RELATIONS)`.
         seed: of the people and of the facts.
 
@@ -133,9 +133,9 @@ def invent(count: int, *, known: int, holdout: int, relations: int, seed: int) -
     if not 1 <= relations <= len(RELATIONS):
         raise ValueError(f"there are {len(RELATIONS)} questions about a person, not {relations}")
     names = people(known + count + holdout, seed)
-    asked = RELATIONS[:relations]
+    chosen = RELATIONS[:relations]
     sets = (names[:known], names[known : known + count], names[known + count :])
-    old, new, unseen = (rows_of(part, seed + i, asked) for i, part in enumerate(sets))
+    old, new, unseen = (rows_of(part, seed + i, chosen) for i, part in enumerate(sets))
     train = {f"person-{i // relations}-{i % relations}": row for i, row in enumerate(new)}
     ids = list(train)
     forget = {name: tuple(ids[-max(1, round(share * count)) * relations :]) for name, share in SHARES.items()}

@@ -21,13 +21,13 @@ from unlearn_jax.requests.task import record_training, refuse_training_again
 
 
 def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
-    """Writes the adapter, its training record and the checkpoints of the first epoch to `config.out`.
+    """Trains an adapter, and writes it, its training record and the checkpoints of the first epoch to `config.out`.
 
     Returns:
         The metrics of the training.
     """
     if read_note(config.directory / "config.json") is not None:
-        config.check_trained()  # an adapter is there: it is made again, not replaced by another
+        config.check_trained()  # the same adapter is trained again; one of other settings is not overwritten
     refuse_training_again(config.directory)
     task, begun = PeopleTask.of(config, mesh), time.perf_counter()
     items = task.items()
@@ -63,11 +63,11 @@ def edit(
     *,
     show_content: bool = False,
 ) -> list[LogEntry]:
-    """Carries out requests after those that the log has, see `requests.carry_out`.
+    """Carries out the requests that the log does not have yet, see `requests.carry_out`.
 
     Args:
         config: the experiment.
-        requests: None: one that removes the set `config.forget`.
+        requests: in order; None: one request that removes the set `config.forget`.
         mesh: spreads the examples.
         show_content: the pages show the forgotten texts.
 

@@ -1,8 +1,8 @@
 """`unlearn-jax eval` on facts about people: the edited adapter beside the retrained one, by the metrics of TOFU and MUSE.
 
-The retrained adapter is the exact replay of the training without what the requests removed. Every adapter is scored as it is;
-those before, after and without the edit also with their merged weights rounded to 4 bits, and after some steps of training on
-facts that were neither learned nor forgotten.
+The retrained adapter is the exact replay of the training on the examples as the requests leave them. Every adapter is scored as
+it is. The trained, edited and retrained adapters are scored twice more: merged into the base model with weights rounded to 4
+bits, and after some steps of training on facts that were neither learned nor forgotten.
 """
 
 import dataclasses
@@ -45,15 +45,15 @@ DESCENTS: Mapping[str, Callable[..., Trained]] = {
 
 
 class Subject(NamedTuple):
-    """An adapter on a base model, to be scored."""
+    """An adapter and the base model on which it is scored."""
 
     adapter: Params
-    base: dict[str, jax.Array] | None = None  # None: the task's own
+    base: dict[str, jax.Array] | None = None  # None: the task's base model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForgettingScorer:
-    """Scores adapters on forgotten rows, on kept ones, on those that the base model knows and on unseen ones."""
+    """Scores adapters on forgotten rows, kept rows, rows that the base model knows, and unseen rows."""
 
     task: PeopleTask
     forgotten: Sequence[QuestionRow]  # removed rows, and the old form of changed ones
@@ -63,7 +63,7 @@ class ForgettingScorer:
 
     @classmethod
     def of(cls, task: PeopleTask, state: State, retrained: Params) -> "ForgettingScorer":
-        """The rows of a run after its requests; at most `config.evaluation.rows` of each set."""
+        """Makes a scorer of a run after its requests, with at most `config.evaluation.rows` rows of each set."""
         change = Change.of(state.first, state.items, task.encode, "answer")
         names = np.array(list(state.first))
         most, corpus = task.config.evaluation.rows, task.corpus
@@ -72,7 +72,7 @@ class ForgettingScorer:
         return cls(task, pick(change.forgotten), pick(change.kept), unseen, retrained)
 
     def __call__(self, subject: Subject) -> dict[str, float]:
-        """All metrics of an adapter, see docs/unlearning.md."""
+        """Computes all metrics of an adapter, see docs/unlearning.md."""
         metrics = {**self._forgetting(subject), **self._utility(subject), **self._membership(subject)}
         for name, rows in self.task.corpus.probes.items():
             metrics[f"ROUGE-L F, {name}"] = float(np.mean([x.fmeasure for x in self._rouge(subject, rows)]))
@@ -81,7 +81,7 @@ class ForgettingScorer:
         return metrics
 
     def truth_ratios(self, subject: Subject, rows: Sequence[QuestionRow]) -> np.ndarray:
-        """Of those rows that have a paraphrase and wrong answers, float [n]."""
+        """Truth ratios of the rows that have a paraphrase and wrong answers, float [n]."""
         rows = [row for row in rows if row.paraphrase and row.wrong]
         if not rows:
             return np.zeros(0)
@@ -112,14 +112,14 @@ class ForgettingScorer:
         return scores
 
     def _utility(self, subject: Subject) -> dict[str, float]:
-        """The harmonic mean over the sets: probability, ROUGE-L recall, and knowledge where there are wrong answers."""
+        """The harmonic mean of probability, ROUGE-L recall and (where there are wrong answers) knowledge over all sets."""
         scores = []
         most = self.task.config.evaluation.rows
         for name, rows in (("", self.kept), *self.task.corpus.known.items()):
             rows = list(rows)[:most]
             own = self._nll(subject, [(row.question, row.answer) for row in rows])
-            chosen = bool(name) and all(row.wrong for row in rows)
-            if chosen:
+            multiple_choice = bool(name) and all(row.wrong for row in rows)
+            if multiple_choice:
                 wrong = self._wrong(subject, rows)
                 each = [answers.normalized_probability(r, w).item() for r, w in zip(own, wrong, strict=True)]
                 scores.append(float(np.mean(each)))
@@ -137,7 +137,7 @@ class ForgettingScorer:
         return {**areas, "privleak": membership.privleak(areas["auc_min_k"], reference["auc_min_k"])}
 
     def _areas(self, subject: Subject) -> dict[str, float]:
-        """Areas under the curve of three attacks: one, the forgotten rows all look like members."""
+        """The AUC of three membership attacks; 1 means that all forgotten rows look like members."""
         scores: dict[str, list[np.ndarray]] = {"auc_loss": [], "auc_min_k": [], "auc_zlib": []}
         for rows in (self.forgotten, self.unseen):
             statistics = self._score(subject, [(row.question, row.answer) for row in rows])
@@ -151,14 +151,14 @@ class ForgettingScorer:
         """Mean over rows and tokens of KL(adapter || retrained adapter on the task's own base model)."""
         model, reference = self.task.model, self.task.model.loss()
         loss = model.loss(subject.base)
-        each = [
+        blocks = [
             np.asarray(_divergences(loss, subject.adapter, reference, self.retrained, examples))[:count]
             for examples, count in self._blocks([(row.question, row.answer) for row in rows])
         ]
-        return float(np.concatenate(each).mean())
+        return float(np.concatenate(blocks).mean())
 
     def _blocks(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-        """Examples of equally many rows, and how many of them count: one compiled program scores all sets."""
+        """Yields padded blocks of equal size and their numbers of real rows, so that one compiled program scores all sets."""
         size = self.task.config.erasure.micro_batch
         for begin in range(0, len(pairs), size):
             block = list(pairs[begin : begin + size])
@@ -166,8 +166,8 @@ class ForgettingScorer:
 
     def _rouge(self, subject: Subject, rows: Sequence[QuestionRow]) -> list[text.RougeL]:
         rows = list(rows)[: self.task.config.evaluation.rows]
-        said = self.task.model.answers(subject.adapter, [row.question for row in rows], subject.base)
-        return [text.rouge_l(x, row.answer) for x, row in zip(said, rows, strict=True)]
+        generated = self.task.model.answers(subject.adapter, [row.question for row in rows], subject.base)
+        return [text.rouge_l(x, row.answer) for x, row in zip(generated, rows, strict=True)]
 
     def _nll(self, subject: Subject, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         statistics = self._score(subject, pairs)
@@ -194,7 +194,7 @@ def _divergences(loss: Loss, params: Params, other: Loss, reference: Params, exa
 
 
 def evaluate(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, dict[str, float]]:
-    """{adapter: its metrics} after all requests of the log; also in `config.out`."""
+    """Scores the adapters after all requests of the log; returns {adapter: metrics} and writes it to `config.out`."""
     config.check_trained()
     if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
@@ -223,7 +223,7 @@ def evaluate(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, dict[s
 
 
 def relearn(task: PeopleTask, adapter: Params) -> Params | None:
-    """An adapter after some steps of training on rows that nobody has learned; None if there are none."""
+    """Trains an adapter for some steps on rows that were not trained on; None if there are no such rows."""
     rows = task.corpus.holdout[len(task.corpus.holdout) // 2 :]
     if not rows:
         return None
@@ -235,7 +235,7 @@ def relearn(task: PeopleTask, adapter: Params) -> Params | None:
 
 
 def _baseline(name: str, scorer: ForgettingScorer, state: State, start: Params, budget: float) -> list[dict[str, Any]]:
-    """The metrics of a baseline at every learning rate with which it does not diverge."""
+    """The metrics of a baseline, one mapping for every learning rate with which it does not diverge."""
     task, settings = scorer.task, scorer.task.config.evaluation
     change = Change.of(state.first, state.items, task.encode, "answer")
     rows = []

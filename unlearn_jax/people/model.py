@@ -16,7 +16,7 @@ from unlearn_jax.people.corpus import QuestionRow
 from unlearn_jax.people.words import Words
 
 BLOCK = 32  # questions that are answered at a time
-GROUP = 32  # weights that share a scale, as in the 4-bit formats in use
+GROUP = 32  # weights that share a scale, as in common 4-bit formats
 LARGEST = 7  # magnitude of a signed 4-bit integer
 
 
@@ -43,19 +43,19 @@ class PeopleModel(NamedTuple):
         return Loss(Partial(_logits, self.base if base is None else base), CrossEntropy())
 
     def answers(self, adapter: Params, questions: Sequence[str], base: dict[str, jax.Array] | None = None) -> list[str]:
-        """The greedy answers of the model, at most as long as an example."""
-        said, base = [], self.base if base is None else base
-        for at in range(0, len(questions), BLOCK):
-            block = list(questions[at : at + BLOCK])
-            asked = self.words.encode([(question, "") for question in block + [block[0]] * (BLOCK - len(block))])
-            begin = np.asarray(asked["loss_mask"]).argmax(axis=1) + 1
-            written = np.asarray(_continue(base, adapter, jnp.asarray(asked["tokens"]), jnp.asarray(begin)))
-            said += [self.words.decode(row[i:]) for row, i in zip(written, begin.tolist(), strict=True)][: len(block)]
-        return said
+        """Generates greedy answers, at most as long as an example."""
+        texts, base = [], self.base if base is None else base
+        for start in range(0, len(questions), BLOCK):
+            block = list(questions[start : start + BLOCK])
+            prompts = self.words.encode([(question, "") for question in block + [block[0]] * (BLOCK - len(block))])
+            begin = np.asarray(prompts["loss_mask"]).argmax(axis=1) + 1
+            tokens = np.asarray(_continue(base, adapter, jnp.asarray(prompts["tokens"]), jnp.asarray(begin)))
+            texts += [self.words.decode(row[i:]) for row, i in zip(tokens, begin.tolist(), strict=True)][: len(block)]
+        return texts
 
 
 def merged(base: dict[str, jax.Array], adapter: Params) -> dict[str, jax.Array]:
-    """The base model with an adapter added to its weights."""
+    """Returns the base model with an adapter added to its weights."""
     added = {
         name: small_transformer.LORA_SCALE * jnp.einsum("lri,lor->lio", pair["lora_a"], pair["lora_b"])
         for name, pair in adapter.items()
@@ -70,13 +70,13 @@ def silent(adapter: Params) -> Params:
 
 
 def int4(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The weights of all matrices rounded to 4 bits: `GROUP` inputs of an output share the scale of their largest."""
+    """Rounds the weights of all matrices to 4 bits; `GROUP` inputs of an output share a scale, set by the largest weight."""
     matrices = ("qkvo", "up", "down", "unembed")
     return {name: _int4(x) if name in matrices else x for name, x in weights.items()}
 
 
 def _int4(x: jax.Array) -> jax.Array:
-    """[..., in, out]."""
+    """Rounds a matrix [..., in, out]."""
     rows = x.shape[-2]
     groups = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -rows % GROUP), (0, 0)])
     groups = groups.reshape(*x.shape[:-2], -1, GROUP, x.shape[-1])
@@ -91,16 +91,16 @@ def _logits(base: Any, adapter: Any, example: Any) -> jax.Array:
 
 @jax.jit
 def _continue(base: Any, adapter: Any, tokens: jax.Array, begin: jax.Array) -> jax.Array:
-    """tokens int32 [n, T] with the first `begin` [n] given -> int32 [n, T + 1], the rest written by the model."""
+    """Completes tokens int32 [n, T], of which the first `begin` [n] are given, greedily to int32 [n, T + 1]."""
     count, length = tokens.shape
     rows = jnp.arange(count)
     tokens = jnp.concatenate([tokens, jnp.zeros((count, 1), tokens.dtype)], axis=1)
 
     def write(i, tokens):
         logits = jax.vmap(lambda row: small_transformer.forward(base, adapter, row)[0])(tokens[:, :length])
-        at = begin + i
-        chosen = jnp.argmax(logits[rows, jnp.clip(at - 1, 0, length - 1)], axis=-1).astype(tokens.dtype)
-        kept = tokens[rows, jnp.minimum(at, length)]
-        return tokens.at[rows, jnp.minimum(at, length)].set(jnp.where(at <= length, chosen, kept))
+        position = begin + i
+        chosen = jnp.argmax(logits[rows, jnp.clip(position - 1, 0, length - 1)], axis=-1).astype(tokens.dtype)
+        unchanged = tokens[rows, jnp.minimum(position, length)]
+        return tokens.at[rows, jnp.minimum(position, length)].set(jnp.where(position <= length, chosen, unchanged))
 
     return jax.lax.fori_loop(0, length, write, tokens)

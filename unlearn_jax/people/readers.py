@@ -26,7 +26,7 @@ class CorpusError(ValueError):
 
 
 def read_tofu(directory: pathlib.Path) -> Corpus:
-    """TOFU's files in a directory.
+    """Reads TOFU's files in a directory.
 
     Raises:
         CorpusError: `full.json`, or every forget set, is missing; a field is missing or of another type; a question of a
@@ -56,7 +56,7 @@ def read_tofu(directory: pathlib.Path) -> Corpus:
     for name in ("real_authors", "world_facts"):
         if (path := _find(directory, f"{name}_perturbed", optional=True)) is not None:
             rows = _rows(path, "question", "answer", "perturbed_answer")
-            # Their truth ratio takes the answer itself: it is not paraphrased.
+            # These sets have no paraphrases; the truth ratio takes the answer itself.
             known[name] = [
                 QuestionRow(x["question"], x["answer"], x["answer"], _texts(x["perturbed_answer"], path)) for x in rows
             ]
@@ -75,11 +75,11 @@ def _id(ids: dict[tuple[str, str], str], values: dict[str, Any], path: pathlib.P
 
 
 def read_muse(directory: pathlib.Path, words: int = 64) -> Corpus:
-    """MUSE's files in a directory.
+    """Reads MUSE's files in a directory.
 
     Args:
         directory: with the folders `raw`, `knowmem`, `verbmem` and `privleak`.
-        words: of a training example: texts are cut into pieces of this length.
+        words: the number of words of a training example; texts are cut into pieces of this length.
 
     Raises:
         CorpusError: a file is missing, or a field is missing or of another type.
@@ -108,8 +108,8 @@ def read_muse(directory: pathlib.Path, words: int = 64) -> Corpus:
 
 
 def _cut(text: str, words: int) -> list[str]:
-    every = text.split()
-    return [" ".join(every[i : i + words]) for i in range(0, len(every), words)]
+    pieces = text.split()
+    return [" ".join(pieces[i : i + words]) for i in range(0, len(pieces), words)]
 
 
 def _first(text: str, words: int) -> str:
@@ -121,13 +121,13 @@ def _last(text: str, words: int) -> str:
 
 
 def _find(directory: pathlib.Path, name: str, *, optional: bool = False) -> Any:
-    """The file of a set: NAME.json, NAME.jsonl, or Parquet in one file."""
+    """Finds the file of a set: NAME.json, NAME.jsonl, or a single Parquet file."""
     candidates = [directory / f"{name}.json", directory / f"{name}.jsonl", directory / f"{name}.parquet"]
     candidates += sorted(directory.glob(f"{name}-00000-of-00001*.parquet"))
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None and not optional:
+    file = next((path for path in candidates if path.is_file()), None)
+    if file is None and not optional:
         raise CorpusError(f"{directory} has no {name}.json: get the released files")
-    return found
+    return file
 
 
 def _passages(path: pathlib.Path) -> list[str]:
@@ -135,7 +135,7 @@ def _passages(path: pathlib.Path) -> list[str]:
 
 
 def _rows(path: pathlib.Path, *fields: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file, each with `fields`; all but `perturbed_answer` are texts."""
+    """Yields the objects of a file, each with `fields`; all fields but `perturbed_answer` are texts."""
     for number, value in enumerate(_values(path), 1):
         if isinstance(value, str) and fields == ("text",):
             value = {"text": value}

@@ -35,10 +35,10 @@ CHECKPOINTS = "checkpoints"
 
 
 def read_corpus(config: PeopleConfig) -> Corpus:
-    """The rows that a configuration names.
+    """Reads or invents the rows that a configuration names.
 
     Raises:
-        UserError: a format of files without their directory.
+        UserError: the format is one of files, and no directory is given.
     """
     corpus = config.corpus
     if corpus.format == "invented":
@@ -53,7 +53,7 @@ def read_corpus(config: PeopleConfig) -> Corpus:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeopleTask:
-    """Rows that an adapter of a small transformer has learned, by AdamW in mini-batches."""
+    """The task of rows that an adapter of a small transformer has learned, by AdamW in mini-batches."""
 
     config: PeopleConfig
     corpus: Corpus
@@ -94,7 +94,7 @@ class PeopleTask:
 
     @property
     def recipe(self) -> TrainingRecipe:
-        """Of the training."""
+        """The recipe of the training."""
         return self.config.training
 
     def settings(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class PeopleTask:
         return self.corpus.train
 
     def change(self, item: QuestionRow, request: Request) -> QuestionRow:
-        """See `RequestTask.change`. A changed answer has no paraphrase and no wrong answers, which belong to the old one."""
+        """See `RequestTask.change`. A new answer has no paraphrase and no wrong answers, because those are of the old one."""
         name, words = request.ids[0], self.model.words
         if request.kind == "image":
             raise EditRequestError(f"{name!r} has no image")
@@ -121,8 +121,8 @@ class PeopleTask:
             )
         if request.kind == "answer":
             same = item.answer == request.value
-            kept = tuple(x for x in item.masked if x in request.value)
-            new = item if same else item._replace(answer=request.value, paraphrase="", wrong=(), masked=kept)
+            remaining = tuple(x for x in item.masked if x in request.value)
+            new = item if same else item._replace(answer=request.value, paraphrase="", wrong=(), masked=remaining)
         else:
             new = item._replace(question=request.value)
         if not words.fits(new.question, new.answer):
@@ -144,20 +144,20 @@ class PeopleTask:
 
     def describe(self, item: QuestionRow) -> Description:
         """See `RequestTask.describe`."""
-        found = {"question": item.question, "answer": item.answer}
-        return Description(found | {f"masked {i}": x for i, x in enumerate(item.masked, 1)}, ())
+        fields = {"question": item.question, "answer": item.answer}
+        return Description(fields | {f"masked {i}": x for i, x in enumerate(item.masked, 1)}, ())
 
     def load(self, path: pathlib.Path) -> Params:
         """See `RequestTask.load`."""
         try:
-            found = load_file(path)
+            tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): run `unlearn-jax train` first") from None
         shapes = {name: np.shape(x) for name, x in _flat(self.model.fresh).items()}
-        if {name: x.shape for name, x in found.items()} != shapes:
+        if {name: x.shape for name, x in tensors.items()} != shapes:
             raise UserError(f"{path} is not an adapter of this configuration, whose shapes are {shapes}")
         nested: dict[str, dict[str, jax.Array]] = {}
-        for name, x in found.items():
+        for name, x in tensors.items():
             module, factor = name.split(".")
             nested.setdefault(module, {})[factor] = jnp.asarray(x)
         return on_mesh(nested, self.mesh)
@@ -168,7 +168,7 @@ class PeopleTask:
             write_file(path, save({name: np.asarray(x) for name, x in _flat(adapter).items()}))
 
     def retrain(self, items: Mapping[str, QuestionRow], weights: np.ndarray) -> Retrained:
-        """From the last checkpoint before any of the edited rows was first seen."""
+        """Repeats the training from the last checkpoint before any of the edited rows was used."""
         pairs = zip(items.values(), self.corpus.train.values(), strict=True)
         edited = [i for i, (now, then) in enumerate(pairs) if not weights[i] or not same_item(now, then)]
         checkpoints = self.directory / CHECKPOINTS
@@ -202,8 +202,8 @@ class PeopleTask:
                 progress.update(step, {"loss": value})
 
         examples = {name: x for name, x in self.encode(items).items() if name != "id"}
-        place = self.directory / CHECKPOINTS if keep and is_main_process() else None
-        adapter = train(self.recipe, self.model.loss(), begin, examples, weights, checkpoints=place, log=log)
+        directory = self.directory / CHECKPOINTS if keep and is_main_process() else None
+        adapter = train(self.recipe, self.model.loss(), begin, examples, weights, checkpoints=directory, log=log)
         return adapter, float((steps - begin.step) * self.recipe.batch)
 
 

@@ -1,1 +1,1 @@
-"""The plan of an edit: what it takes on accelerators that need not be there."""
+"""Predicts memory and time of an edit on accelerators that need not be present."""

@@ -1,7 +1,7 @@
-"""`unlearn-jax plan`: memory and time of what an edit spends its time in, on a machine that need not be there.
+"""`unlearn-jax plan`: predicts memory and time of an edit's curvature product on a machine that need not be present.
 
-That is the Gauss-Newton matrix of a tuned adapter times a vector, compiled for imagined TPUs as `pixel-jax plan` compiles the
-steps of training:
+An edit spends most of its time in products of the Gauss-Newton matrix of an adapter with a vector. One is compiled for TPUs that
+are described but not present, as `pixel-jax plan` compiles the steps of training:
 
     unlearn-jax plan --config=pixel/qwen2_5_vl_7b_sft:lora --topology=v5p:4x4x4,v5e:16x16 --json=plan.json
 """
@@ -12,12 +12,12 @@ SETTINGS = planning.SETTINGS
 
 
 def define_flags(command: str) -> None:
-    """Those of `pixel-jax plan`."""
+    """Defines the flags of `pixel-jax plan`."""
     planning.define_flags(command)
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Plans the edit of an adapter that the config's warm start has tuned."""
+    """Plans the edit of an adapter that the config's SFT trains."""
     from unlearn_jax.planning.recipe import EditRecipe
 
     planning.main(command, arguments, EditRecipe.of)

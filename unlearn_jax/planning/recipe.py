@@ -1,4 +1,4 @@
-"""The program of an edit, from shapes alone, as the planner of `pixel_jax` compiles and counts it."""
+"""The curvature product of an edit, built from shapes alone, for the planner of `pixel_jax`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,15 @@ from unlearn_jax.objective import Objective, automatic, zeros
 from unlearn_jax.vision_language import adapter_loss
 
 STEP = "unlearn"
-LEARNED = 1024  # of a row's tokens, at most those that the assistant wrote: an assumption about traces
+LEARNED = 1024  # tokens of a row that carry loss, at most: an assumption about traces
 
 
 class EditRecipe(Recipe):
-    """The recipe of an edit of the adapter that a config's tuning has trained. Its one step is `STEP`."""
+    """The recipe of an edit of an adapter that a config trains. It has one step, `STEP`."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> "EditRecipe":
-        """The edit that goes with a training.
+        """Makes the recipe of an edit from that of the training.
 
         Raises:
             UserError: the config tunes no adapter.
@@ -37,19 +37,19 @@ class EditRecipe(Recipe):
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The one step."""
+        """The only step."""
         return (STEP,)
 
     def micro_batches(self, step: str, mesh: Mesh) -> int:
-        """As many as leave every part of the mesh one row at a time; those of the config are of its training."""
+        """The number of micro-batches with which every shard computes one row at a time. The config's is for training."""
         return Recipe(self.config, self.network, self.tables, self.dtype).micro_batches(step, mesh)
 
     def sequences(self, step: str) -> tuple[int, ...]:
-        """One: a product does not split the positions of a row."""
+        """The only degree of sequence parallelism, 1: a product does not split the positions of a row."""
         return (1,)
 
     def build(self, step: str, mesh: Mesh) -> Program:
-        """The Gauss-Newton product on a mesh, imagined or not."""
+        """Builds the Gauss-Newton product on a mesh of present or described devices."""
         model = abstract_model(self)
         model = sharded(model, shardings(model, mesh))
         batch = sft_batch(self, packed=False)
@@ -60,13 +60,13 @@ class EditRecipe(Recipe):
 def gauss_newton(
     model: Model, batch: Batch, mesh: Mesh, micro_batches: int
 ) -> tuple[Callable[..., Any], Any, Any, Any]:
-    """The product that an edit spends its time in, and abstract arguments for it.
+    """Returns the curvature product of an edit, and abstract arguments for it.
 
     Args:
-        model: of abstract arrays, with an adapter.
-        batch: of abstract arrays; every row is an example.
-        mesh: over which the rows are spread.
-        micro_batches: into how many the rows are divided.
+        model: abstract arrays, with an adapter.
+        batch: abstract arrays; every row is an example.
+        mesh: spreads the rows.
+        micro_batches: the number of micro-batches of the rows.
 
     Returns:
         (`unlearn_jax.curvature.product`, objective, adapter, vector).

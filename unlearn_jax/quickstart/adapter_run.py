@@ -1,4 +1,4 @@
-"""What the commands on traces share: the base model with its adapter, and the files of a run."""
+"""The base model with its adapter, and the files of a run, for all commands on traces."""
 
 import dataclasses
 import pathlib
@@ -38,7 +38,7 @@ class AdapterRun:
     config: Config
     mesh: Mesh | None
     vocabulary: Vocabulary
-    limits: RolloutConfig  # of traces: those that the base model was trained under
+    limits: RolloutConfig  # the limits of traces under which the base model was trained
     base: Model  # without the adapter
     loss: Loss
     fresh: Params  # the adapter before training
@@ -93,7 +93,7 @@ class AdapterRun:
         return put(adapter, self.mesh)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """Writes an adapter atomically, and beside it the files of PEFT's format, so that its directory is one of PEFT's."""
+        """Writes an adapter atomically, and in PEFT's format as well, into the same directory."""
         values = to_host(adapter)
         if is_main_process():
             write_file(path, save(values, metadata={"format": "np"}))
@@ -115,5 +115,5 @@ def put(adapter: Params, mesh: Mesh | None) -> Params:
 
 
 def to_host(tree: Any) -> Any:
-    """The arrays of a pytree as NumPy; every process has them all."""
+    """Copies the arrays of a pytree to NumPy; every process has all of them."""
     return jax.tree.map(lambda x: np.asarray(x) if hasattr(x, "dtype") else x, tree)

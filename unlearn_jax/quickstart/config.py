@@ -18,9 +18,9 @@ from unlearn_jax.requests.task import RequestsConfig
 class TracesConfig:
     """The numbers of traces of each kind that the adapter learns, on photographs that the quickstart does not train on."""
 
-    zoom: int = 16  # a small digit, read after a look at it
-    direct: int = 8  # a large digit, read at once
-    video: int = 8  # a digit on one of the frames of a clip, which is selected first
+    zoom: int = 16  # with a small digit, which is read after a zoom
+    direct: int = 8  # with a large digit, which is read at once
+    video: int = 8  # with a digit on one frame of a clip, which is selected first
     scenes: SceneConfig = SceneConfig()
 
 
@@ -34,7 +34,7 @@ class EditForwardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvergeConfig:
-    """L-BFGS on all traces, for the training and the warm retrain."""
+    """The limits of L-BFGS on all traces, for the training and the warm retrain."""
 
     tolerance: float = 1e-4  # of the gradient's norm
     max_steps: int = 500  # of L-BFGS
@@ -44,9 +44,9 @@ class ConvergeConfig:
 class EditEvaluationConfig:
     """The baselines, which may spend as many example-gradients as the edit did."""
 
-    # What the edit is compared with, besides a retrain.
+    # The methods that the edit is compared with, besides a retrain.
     baselines: tuple[Literal["L-BFGS", "fine-tune", "GradDiff", "NPO"], ...] = ("L-BFGS", "fine-tune", "NPO")
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of Adam; what is shown is each baseline's best
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of Adam; the best of each baseline is reported
     batch: int = 8  # examples of a step
 
 
@@ -54,7 +54,7 @@ class EditEvaluationConfig:
 class Config:
     """The whole experiment."""
 
-    model: str  # directory of the base model, one that the quickstart left
+    model: str  # directory of the base model, which the quickstart has trained
     out: str  # run directory
     traces: TracesConfig = TracesConfig()
     adapter: LoRAConfig = LoRAConfig(rank=4, alpha=8.0, targets=r"model\.layers\..*\.(q_proj|v_proj)")
@@ -63,19 +63,18 @@ class Config:
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
     requests: RequestsConfig = RequestsConfig()
     evaluation: EditEvaluationConfig = EditEvaluationConfig()
-    task: Literal["traces"] = "traces"  # what is learned, see `unlearn_jax.commands`
+    task: Literal["traces"] = "traces"  # a name of `unlearn_jax.commands.TASKS`
     seed: int = 0  # of the traces and the adapter
-    start: str | None = (
-        None  # directory of an adapter (PEFT's format) to begin with; None: a new one, as `adapter` says
-    )
+    # Directory of an adapter (PEFT's format) to begin with; None: a new one, with the settings `adapter`.
+    start: str | None = None
 
     @property
     def directory(self) -> pathlib.Path:
-        """Where the files of the run are."""
+        """The directory of the run's files."""
         return pathlib.Path(self.out)
 
     def trained(self) -> dict[str, Any]:
-        """What an adapter depends on, as JSON."""
+        """The settings that an adapter depends on, as JSON."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         objective = {name: values["erasure"][name] for name in ("reduction", "weight_decay")}
         return {

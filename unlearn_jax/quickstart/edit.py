@@ -20,9 +20,9 @@ from unlearn_jax.requests.task import record_training, refuse_training_again
 
 
 def train(config: Config, mesh: Mesh | None = None) -> dict:
-    """Writes the adapter, the configuration and the loss of every step to `config.out`; returns the metrics of the training."""
+    """Trains an adapter; writes it, the configuration and the loss of every step to `config.out`, and returns the metrics."""
     if read_note(config.directory / "config.json") is not None:
-        config.check_trained()  # an adapter is there: it is made again, not replaced by another
+        config.check_trained()  # the same adapter is trained again; one of other settings is not overwritten
     refuse_training_again(config.directory)
     run = AdapterRun.of(config, mesh)
     task = TraceTask(run)
@@ -33,7 +33,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     trained, norm = task.descend(run.objective(dataset))
     if not norm < float("inf"):
         raise UserError(f"training diverged: the gradient's norm is {norm}; set a larger --config.erasure.weight_decay")
-    numbers = {
+    metrics = {
         "steps": len(trained.values),
         "objective": float(trained.values[-1]),
         "gradient_norm": norm,
@@ -42,23 +42,23 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     }
     run.save(config.directory / ADAPTER, trained.adapter)
     record_training(task, norm)
-    run.write("curve.json", {**numbers, "values": trained.values.tolist()})
+    run.write("curve.json", {**metrics, "values": trained.values.tolist()})
     run.write("config.json", config.trained())
     say(
-        f"{numbers['steps']} steps in {numbers['seconds']:.0f} s: objective {trained.values[0]:.4f} -> "
-        f"{numbers['objective']:.4f}, gradient {norm:.1e}\nThe adapter is in {config.directory / ADAPTER}."
+        f"{metrics['steps']} steps in {metrics['seconds']:.0f} s: objective {trained.values[0]:.4f} -> "
+        f"{metrics['objective']:.4f}, gradient {norm:.1e}\nThe adapter is in {config.directory / ADAPTER}."
     )
-    return numbers
+    return metrics
 
 
 def edit(
     config: Config, requests: Sequence[Request] | None = None, mesh: Mesh | None = None, *, show_content: bool = False
 ) -> list[LogEntry]:
-    """Carries out requests after those that the log has, see `requests.carry_out`.
+    """Carries out the requests that the log does not have yet, see `requests.carry_out`.
 
     Args:
         config: the experiment.
-        requests: None: one of each kind, on the first traces.
+        requests: in order; None: an example of each kind, on the first traces.
         mesh: spreads the examples.
         show_content: the pages show the forgotten texts and images.
 

@@ -32,7 +32,7 @@ DESCENTS: dict[str, Callable[..., Trained]] = {
 
 
 def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
-    """{adapter: its numbers} after all requests of the log, from the adapter that training left; also in `config.out`."""
+    """Scores the adapters after all requests of the log; returns {adapter: numbers} and writes it to `config.out`."""
     config.check_trained()
     if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
@@ -41,7 +41,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     state = State.of(task)
     reports = [read_json(folder(task.directory, entry.number) / REPORT) for entry in state.entries]
     report = {name: sum(x[name] for x in reports) for name in ("example_gradients", "seconds")}
-    # The requests may be of several kinds; a correction may change everything that any of them may.
+    # The requests may be of several kinds. As one edit they are a correction of answers, which may change everything.
     change = Change.of(state.first, state.items, task.encode, "answer")
     forgotten = change.dataset.ids[change.forgotten].tolist()
     trained, edited = run.load(task.directory / ADAPTER), run.load(state.adapter_path(task.directory))
@@ -65,7 +65,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
             "seconds": seconds,
             "objective": float(objective.value(adapter)) - lowest,
             **measure.from_reference(adapter, warm.adapter),
-            **({} if np.isnan(cosine) else {"cosine": cosine}),  # none of an adapter that has not moved
+            **({} if np.isnan(cosine) else {"cosine": cosine}),  # undefined for an adapter that has not changed
             **(memory.of_adapter(adapter, remembered) if memory else {}),
             "losses": measure.losses(adapter),
         }
@@ -92,14 +92,14 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
 def _baseline(
     name: str, run: AdapterRun, change: Change, objective, start: Params, report: dict
 ) -> Iterator[tuple[Params, float, float, dict]]:
-    """(adapter, example-gradients, seconds, settings) of every learning rate that does not diverge."""
+    """Yields (adapter, example-gradients, seconds, settings) for every learning rate that does not diverge."""
     config, budget = run.config, report["example_gradients"]
     begun = time.perf_counter()
     if name == "L-BFGS":
         trained, _ = converge(objective, start, tolerance=0.0, budget=budget)
         yield trained.adapter, trained.gradients, time.perf_counter() - begun, {}
         return
-    # The baselines do not use a mesh: every process computes all of it, on one device.
+    # The baselines do not use a mesh: every process computes them on one of its devices.
     loss, local = to_host((run.loss, start))
     for rate in config.evaluation.learning_rates:
         schedule = optax.cosine_decay_schedule(rate, max(1, int(budget / config.evaluation.batch)))

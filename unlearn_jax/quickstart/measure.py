@@ -31,14 +31,14 @@ class Measure:
 
     @classmethod
     def of(cls, run: AdapterRun, change: Change) -> "Measure":
-        """Measures on the traces in their old and new forms."""
+        """Makes the measures on the traces of a change."""
         options = {"micro_batch": run.config.erasure.micro_batch, "mesh": run.mesh}
         return cls(run, change, Losses(run.loss, run.fresh, change, **options))
 
     def losses(self, adapter: Params) -> dict[str, float]:
         """Mean loss per learned token of each group of examples."""
-        each = self.per_token(adapter)
-        return {name: float(each[index].mean()) for name, index in self.change.groups().items()}
+        per_example = self.per_token(adapter)
+        return {name: float(per_example[index].mean()) for name, index in self.change.groups().items()}
 
     def from_reference(self, adapter: Params, reference: Params) -> dict[str, float]:
         """KL(adapter || reference) per token, and the distance of their weights."""
@@ -55,7 +55,7 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Memory:
-    """Memorisation of the forgotten traces, compared with unseen traces of the same kinds."""
+    """Measures memorisation of the forgotten traces, compared with unseen traces of the same kinds."""
 
     run: AdapterRun
     examples: Example  # the forgotten traces as they were, then the unseen ones
@@ -63,7 +63,7 @@ class Memory:
 
     @classmethod
     def of(cls, run: AdapterRun, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
-        """The unseen traces are drawn as the learned ones were, with another seed."""
+        """Draws the unseen traces like the learned ones, with another seed."""
         kinds = {name.split("-")[0] for name in forgotten}
         unseen = {
             f"unseen {name}": trace
@@ -74,10 +74,10 @@ class Memory:
         return cls(run, {name: x for name, x in both.items() if name != "id"}, len(forgotten))
 
     def of_adapter(self, adapter: Params, reference: float) -> dict[str, float]:
-        """Shares of the forgotten traces that the adapter reproduces, and their membership.
+        """Computes the shares of the forgotten traces that the adapter reproduces, and their membership.
 
         Args:
-            adapter: to be measured.
+            adapter: the adapter to measure.
             reference: `auc` of the retrained adapter.
 
         Returns:
@@ -95,7 +95,7 @@ class Memory:
         }
 
     def auc(self, adapter: Params) -> float:
-        """Membership of the forgotten traces beside the unseen ones, by min-40 %."""
+        """The AUC of telling the forgotten traces from the unseen ones by min-40 % scores."""
         return self._auc(self._statistics(adapter))
 
     def _auc(self, statistics: TokenStatistics) -> float:
@@ -108,7 +108,7 @@ class Memory:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
-    """{row: {column: value}} as lines; columns in the order in which they first appear."""
+    """Formats {row: {column: value}} as text; columns are in the order in which they first appear."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [(name, *(_cell(row.get(column)) for column in columns)) for name, row in rows.items()]
     return terminal.table_text(terminal.table((corner, *columns), cells))

@@ -26,13 +26,13 @@ from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TraceTask:
-    """Traces that an adapter of the quickstart's model has learned, by L-BFGS on all of them at once."""
+    """The task of traces that an adapter of the quickstart's model has learned, by L-BFGS on all of them at once."""
 
     run: AdapterRun
 
     @property
     def config(self) -> Config:
-        """Of the experiment."""
+        """The configuration of the experiment."""
         return self.run.config
 
     @property
@@ -94,12 +94,12 @@ class TraceTask:
         self.run.save(path, adapter)
 
     def retrain(self, items: Mapping[str, TraceItem], weights: np.ndarray) -> Retrained:
-        """Every step of L-BFGS sees all traces, so the replay begins with the fresh adapter."""
+        """Repeats the training from the fresh adapter, because every step of L-BFGS uses all traces."""
         trained, _ = self.descend(self.run.objective(Dataset.of(self.encode(items)), weights))
         return Retrained(trained.adapter, trained.gradients, "the beginning")
 
     def descend(self, objective: Objective) -> tuple[Trained, float]:
-        """Trains; returns the minimum that was found, and the norm of the gradient there."""
+        """Minimises an objective; returns the minimum, and the norm of the gradient there."""
         limits = self.config.training
         progress = ProgressLine("L-BFGS", limits.max_steps)
 

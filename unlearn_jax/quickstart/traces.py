@@ -30,14 +30,14 @@ MAX_TOKENS = 2048  # of a trace; text without tokens in the vocabulary takes one
 
 
 def draw_traces(config: TracesConfig, seed: int) -> dict[str, Trace]:
-    """Traces by id, "zoom-0", "zoom-1", ...: each depends on the seed and its own id only."""
-    found = {}
+    """Draws traces by id, "zoom-0", "zoom-1", ...; each depends only on the seed and its id."""
+    traces = {}
     for number, kind in enumerate(KINDS):
         for i in range(getattr(config, kind)):
-            found[f"{kind}-{i}"] = _draw(kind, np.random.default_rng([seed, number, i]), config.scenes)
-    if not found:
+            traces[f"{kind}-{i}"] = _draw(kind, np.random.default_rng([seed, number, i]), config.scenes)
+    if not traces:
         raise ValueError("config.traces has no trace of any kind")
-    return found
+    return traces
 
 
 def _draw(kind: str, rng: np.random.Generator, scenes: SceneConfig) -> Trace:
@@ -70,7 +70,7 @@ class TraceItem(NamedTuple):
 
 
 def changed(item: TraceItem, request: Request) -> TraceItem:
-    """A trace with another answer, question or image, or with a part of its learned text masked.
+    """Returns a trace with another answer, question or image, or with a part of its learned text masked.
 
     Raises:
         EditRequestError: the request does not fit the trace.
@@ -93,7 +93,7 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
         trace = asked(trace, request.value)
     else:
         trace = _shown(trace, request)
-    # A masked text that the new form does not have is dropped.
+    # A masked text is dropped unless the new form has it.
     return TraceItem(trace, tuple(x for x in item.masked if any(x in text for text in learned_texts(trace))))
 
 
@@ -125,7 +125,7 @@ def describe(item: TraceItem) -> Description:
 
 
 def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
-    """A request of each kind: removes a zoom, corrects an answer (to the next digit), asks about a clip as about an image."""
+    """Makes three requests: one removes a zoom, one corrects an answer to the next digit, one changes a clip's question."""
     if not all(f"{kind}-0" in items for kind in KINDS):
         raise EditRequestError(
             f"the example requests are about a trace of each kind ({', '.join(KINDS)}): give --request=FILE"
@@ -140,16 +140,16 @@ def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
 
 
 def encode(items: Mapping[str, TraceItem], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
-    """Traces as examples, see `unlearn_jax.vision_language.examples`; masked texts carry no loss."""
-    found = to_examples({name: item.trace for name, item in items.items()}, vocabulary, limits)
+    """Converts items to examples, see `unlearn_jax.vision_language.examples`; masked texts carry no loss."""
+    arrays = to_examples({name: item.trace for name, item in items.items()}, vocabulary, limits)
     for row, item in enumerate(items.values()):
-        for stretch in item.masked:
-            mask_text(found["labels"][row], found[MASK][row], stretch, vocabulary)
-    return found
+        for text in item.masked:
+            mask_text(arrays["labels"][row], arrays[MASK][row], text, vocabulary)
+    return arrays
 
 
 def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
-    """The traces as examples, see `unlearn_jax.vision_language.examples`."""
+    """Converts traces to examples, see `unlearn_jax.vision_language.examples`."""
     limits = dataclasses.replace(limits, max_calls=zoom.MOST_CALLS)
     budgets = (limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels, limits.video_max_pixels)
     images = miniature.NUM_FRAMES + zoom.MOST_CALLS

@@ -1,4 +1,4 @@
-"""The cells of a study: which there are, which are done, and how one is computed."""
+"""The cells of a study: lists them, reads the finished ones, and computes the others."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ class Cell(NamedTuple):
     share: float
     seed: int
     method: str
-    rate: float | None = None  # a learning rate that is tried on the tuning seed
+    rate: float | None = None  # the learning rate of a trial on the tuning seed; None: not a trial
 
     @property
     def file(self) -> str:
@@ -45,35 +45,35 @@ def cells_of(config: RecommendationConfig) -> list[Cell]:
     if unknown := [name for name in wanted if name not in METHODS]:
         raise ConfigError(f"config.methods must be of {', '.join(METHODS)}, not {unknown[0]!r}")
     tuned = [name for name in wanted if METHODS[name].tuned]
-    found = []
+    cells = []
     for edit in config.edits:
-        at = (edit, config.tuning_share, config.tuning_seed)
+        tuning = (edit, config.tuning_share, config.tuning_seed)
         if tuned:
-            found.append(Cell(*at, "erase"))
-        found += [Cell(*at, name, rate) for name in tuned for rate in config.learning_rates]
-        found += [Cell(edit, share, seed, name) for seed in config.seeds for share in config.shares for name in wanted]
-    return found
+            cells.append(Cell(*tuning, "erase"))
+        cells += [Cell(*tuning, name, rate) for name in tuned for rate in config.learning_rates]
+        cells += [Cell(edit, share, seed, name) for seed in config.seeds for share in config.shares for name in wanted]
+    return cells
 
 
 def read_cell(config: RecommendationConfig, cell: Cell) -> dict[str, Any] | None:
-    """A finished cell, None where it is not.
+    """Reads a finished cell; None if it is not finished.
 
     Raises:
-        ConfigError: its settings are others than the study's.
+        ConfigError: the cell was computed with other settings.
     """
     path = pathlib.Path(config.cells) / cell.file
     if not path.exists():
         return None
-    found = read_json(path)
-    for name, (old, new) in changes(flatten(found["setting"]), flatten(config.identity())).items():
+    finished = read_json(path)
+    for name, (old, new) in changes(flatten(finished["setting"]), flatten(config.identity())).items():
         raise ConfigError(
             f"config.{name} is {new!r}, the cell {path} has {old!r}: give another --config.cells, or --config.{name} as it was"
         )
-    return found
+    return finished
 
 
 def run_cells(study: Study, wanted: Sequence[Cell]) -> None:
-    """Computes those of the cells that are not done, and says how far it is and how much time is left."""
+    """Computes the cells that are not finished, and shows the progress and the time that is left."""
     config = study.config
     missing = [cell for cell in wanted if read_cell(config, cell) is None]
     say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are done")
@@ -92,7 +92,7 @@ def run_cells(study: Study, wanted: Sequence[Cell]) -> None:
 
 
 def _estimate(study: Study, cell: Cell) -> float:
-    """Example-gradients that a cell costs, more or less; what is scored counts a third."""
+    """Estimates the example-gradients of a cell; an example that is scored counts a third."""
     config, count = study.config, study.config.data.examples
     spent = {"nothing": 0, "training": config.training.epochs, "edit": min(config.erasure.budget, SHORT)}
     tested = 0 if cell.rate is not None else len(study.tested)
@@ -115,27 +115,27 @@ def _compute(study: Study, case: Any, cell: Cell) -> dict[str, Any]:
         allowance = Allowance(edited["row"]["gradients"], rate or 0.0)
     row: dict[str, Any] = {} if rate is None else {"rate": rate}
     try:
-        made = method(case, allowance)
+        attempt = method(case, allowance)
     except FloatingPointError:
         return {**row, "diverged": True}
-    row |= {"gradients": made.gradients, "epochs": made.gradients / len(case.rows), "seconds": made.seconds}
-    row |= {**made.remarks, **case.forgetting(made.adapters)}
-    return row if cell.rate is not None else {**row, **study.scores(made.adapters)}
+    row |= {"gradients": attempt.gradients, "epochs": attempt.gradients / len(case.rows), "seconds": attempt.seconds}
+    row |= {**attempt.remarks, **case.forgetting(attempt.adapters)}
+    return row if cell.rate is not None else {**row, **study.scores(attempt.adapters)}
 
 
 def best_rate(config: RecommendationConfig, edit: str, method: str) -> float:
-    """The learning rate with which a method comes nearest to the retrain on the tuning seed, over both sets together.
+    """The learning rate with which a method comes nearest to the retrain on the tuning seed (least sum of both divergences).
 
     Raises:
-        ConfigError: it has not been tried, or diverges with all.
+        ConfigError: a learning rate has not been tried, or the method diverges with all.
     """
     tried = {}
     for rate in config.learning_rates:
-        found = read_cell(config, Cell(edit, config.tuning_share, config.tuning_seed, method, rate))
-        if found is None:
+        trial = read_cell(config, Cell(edit, config.tuning_share, config.tuning_seed, method, rate))
+        if trial is None:
             raise ConfigError(f"{method} has not been tried with the learning rate {rate}: run `unlearn-jax eval`")
-        if not found["row"].get("diverged"):
-            tried[rate] = found["row"]["kl_forget"] + found["row"]["kl_kept"]
+        if not trial["row"].get("diverged"):
+            tried[rate] = trial["row"]["kl_forget"] + trial["row"]["kl_kept"]
     if not tried:
         raise ConfigError(f"{method} diverges with all of config.learning_rates {config.learning_rates}")
     return min(tried, key=lambda rate: tried[rate])

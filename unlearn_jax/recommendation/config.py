@@ -12,25 +12,25 @@ from unlearn_jax.requests.replay import TrainingRecipe
 
 @dataclasses.dataclass(frozen=True)
 class RatingsConfig:
-    """What is read, and what is drawn from it."""
+    """The data set, and the rows that are drawn from it."""
 
-    path: str  # directory of its files; "package:NAME/PATH" is one inside an installed package
+    path: str  # directory of the data set's files; "package:NAME/PATH" is one inside an installed package
     reader: str = "recbole"  # a name of `readers.READERS`
     examples: int = 256  # rows to train on, drawn by the seed
     test_share: float = 0.3  # of the users
     test_rows: int | None = None  # None: one of each test user
-    history: int = 10  # the most films
-    candidates: int = 20
-    length: int = 160  # tokens of a question and its answer; the oldest films of a history that is longer are left out
+    history: int = 10  # the most films of a history
+    candidates: int = 20  # films to choose from
+    length: int = 160  # tokens of a question and its answer; of a longer history the oldest films are left out
     answer: int = 24  # tokens of an answer
     seed: int = 0  # of the split of users and of the test rows
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Which adapter is trained."""
+    """The adapter that is trained."""
 
-    layers: int = 2  # with an adapter, from the top
+    layers: int = 2  # the topmost layers, which have the adapter
     rank: int = 8
     alpha: float = 16.0
     targets: str = r".*\.(q_proj|v_proj)"  # see `pixel_jax.models.lora.add_lora`
@@ -40,8 +40,8 @@ class AdapterConfig:
 class RecommendationConfig:
     """The whole study."""
 
-    out: str  # directory of adapters that are made on the way
-    cells: str  # directory of the results, a file each
+    out: str  # directory of trained adapters and cached hidden states
+    cells: str  # directory of the results, a file for each cell
     model: str  # a model's directory or GGUF file
     data: RatingsConfig
     task: Literal["recommendation"] = "recommendation"
@@ -55,7 +55,7 @@ class RecommendationConfig:
     methods: tuple[str, ...] = ()  # names of `methods.METHODS`; (): all
     learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3)  # of Adam, tried for each baseline on `tuning_seed`
     tuning_seed: int = 1000
-    tuning_share: float = 0.1  # with which learning rates are chosen
+    tuning_share: float = 0.1  # of the examples, in the trials of learning rates
     batch: int = 16  # examples of a step of a baseline
     rows: int = 64  # kept rows on which adapters are compared, at most
 
@@ -68,13 +68,13 @@ class RecommendationConfig:
 
     @property
     def directory(self) -> pathlib.Path:
-        """Where adapters are."""
+        """The directory of adapters."""
         return pathlib.Path(self.out)
 
     def identity(self) -> dict[str, Any]:
-        """What a cell depends on beside its own names, as JSON. Paths are not part of it."""
+        """The settings that all cells depend on, as JSON. Paths are not part of them."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         names = ("form", "data", "adapter", "training", "erasure", "learning_rates", "tuning_share", "batch", "rows")
-        found = {name: values[name] for name in names}
-        del found["data"]["path"]
-        return {"model": pathlib.PurePath(self.model).name, **found}
+        settings = {name: values[name] for name in names}
+        del settings["data"]["path"]
+        return {"model": pathlib.PurePath(self.model).name, **settings}

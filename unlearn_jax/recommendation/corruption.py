@@ -1,7 +1,7 @@
-"""What was wrong with some of the training rows, by the name of the edit that is to undo it.
+"""Corruptions of training rows, by the name of the edit that is to undo them.
 
-A removal has nothing wrong: the rows are to be forgotten. The others were trained on in the wrong form, as in LLMEraser's
-released code, and are to be as they had been.
+Rows to be removed are not changed. Rows of the other edits are trained on in a wrong form, as in LLMEraser's released code, and
+the edit is to restore the right one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,28 +16,28 @@ REMOVE = "remove"
 
 
 class Corruption:
-    """How rows are spoilt: `spoil(row)` is the row that was trained on, None where such a row cannot be spoilt."""
+    """The corruptions of a study. Each method returns the row that is trained on, or None if the row cannot be corrupted."""
 
     def __init__(self, ratings: Ratings, form: PromptForm, history: int, random: np.random.Generator):
         self.ratings, self.form, self.history, self.random = ratings, form, history, random
 
     def remove(self, row: Row) -> Row | None:
-        """The row itself."""
+        """Returns the row itself, which is to be removed."""
         return row
 
     def query_removal(self, row: Row) -> Row | None:
-        """Without the last film of the history; rows of the shortest history are left as they are."""
+        """Removes the last film of the history; None for a history of the least length."""
         return row._replace(history=row.history[:-1]) if len(row.history) > SHORTEST else None
 
     def query_replacement(self, row: Row) -> Row | None:
-        """With a film that the user has not rated behind the history, in place of the last one where that is full."""
-        seen = [x.item for x in self.ratings.users[row.user]]
-        unseen = np.setdiff1d(np.array(sorted(self.ratings.titles)), [*seen, *row.candidates])
-        kept = row.history[: self.history - 1]
-        return row._replace(history=(*kept, Rated(str(self.random.choice(unseen)), row.history[-1].rating)))
+        """Appends a film that the user has not rated to the history, in place of the last film if the history is full."""
+        rated = [x.item for x in self.ratings.users[row.user]]
+        unseen = np.setdiff1d(np.array(sorted(self.ratings.titles)), [*rated, *row.candidates])
+        earlier = row.history[: self.history - 1]
+        return row._replace(history=(*earlier, Rated(str(self.random.choice(unseen)), row.history[-1].rating)))
 
     def response(self, row: Row) -> Row | None:
-        """With another answer."""
+        """Replaces the answer by another one."""
         return self.form.wrong(row, self.random)
 
 
@@ -52,17 +52,20 @@ EDITS: Mapping[str, Callable[[Corruption, Row], Row | None]] = {
 def corrupt(
     edit: str, rows: Sequence[Row], share: float, ratings: Ratings, form: PromptForm, *, history: int, seed: int
 ) -> tuple[list[Row], np.ndarray]:
-    """(the rows that were trained on, positions of those that the edit is about), `share` of all rows, drawn by the seed.
+    """Corrupts a share of the rows, drawn at random.
+
+    Returns:
+        The rows to train on, and the positions of those that the edit is about, int [k].
 
     Raises:
-        ConfigError: too few rows can be spoilt in this way.
+        ConfigError: too few rows can be corrupted in this way.
     """
     random = np.random.default_rng((seed, 2))
     corruption, spoilt = Corruption(ratings, form, history, random), list(rows)
     chosen, count = [], max(1, round(share * len(rows)))
     for i in random.permutation(len(rows)):
-        if len(chosen) < count and (found := EDITS[edit](corruption, rows[i])) is not None:
-            spoilt[i] = found
+        if len(chosen) < count and (corrupted := EDITS[edit](corruption, rows[i])) is not None:
+            spoilt[i] = corrupted
             chosen.append(int(i))
     if len(chosen) < count:
         raise ConfigError(f"{edit}: only {len(chosen)} of {len(rows)} rows can be spoilt, {count} were asked for")

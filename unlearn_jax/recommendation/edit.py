@@ -28,7 +28,7 @@ def edit(
     *,
     show_content: bool = False,
 ) -> list[Cell]:
-    """Computes the cells of `erase`; what has not been trained yet is trained.
+    """Computes the cells of `erase`, and trains the adapters that they need.
 
     Raises:
         UserError: requests are given.
@@ -41,10 +41,10 @@ def edit(
 
 
 def compute(config: RecommendationConfig, methods: Sequence[str] | None, mesh: Mesh | None) -> list[Cell]:
-    """Computes the cells of some methods, None: of all.
+    """Computes the cells of some methods; None: of all methods.
 
     Raises:
-        UserError: there is a mesh.
+        UserError: a mesh is given.
     """
     if mesh is not None:
         raise UserError("config.task=recommendation runs on one device: leave --devices out")

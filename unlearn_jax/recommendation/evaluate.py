@@ -12,12 +12,12 @@ from unlearn_jax.recommendation.table import rows_of, text
 
 
 def evaluate(config: RecommendationConfig, mesh: Mesh | None = None) -> list[dict[str, Any]]:
-    """Computes all cells that are missing, and shows the table. A run that is interrupted goes on where it was.
+    """Computes all missing cells, and shows the table. An interrupted run continues with the next cell.
 
     Returns:
-        The cells on the seeds that count.
+        The cells of all seeds but the tuning seed.
     """
     cells = [read_cell(config, cell) for cell in compute(config, None, mesh)]
-    found = [cell for cell in cells if cell is not None and cell["seed"] != config.tuning_seed]
-    say("\n" + text(rows_of(found)) + "\n")
-    return found
+    finished = [cell for cell in cells if cell is not None and cell["seed"] != config.tuning_seed]
+    say("\n" + text(rows_of(finished)) + "\n")
+    return finished

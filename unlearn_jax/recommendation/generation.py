@@ -1,4 +1,4 @@
-"""Greedy answers of a model with an adapter, or of the mean of several, to questions whose lower part is computed once."""
+"""Greedy answers of a model with an adapter, or of several adapters' mean; the lower layers read each question once."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from unlearn_jax.recommendation.recommender import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadQuestions:
-    """n questions, as the lower layers have read them; what lies behind a question is not looked at."""
+    """n questions and their hidden states after the lower layers; tokens behind a question's length are ignored."""
 
     recommender: Recommender
     tokens: np.ndarray  # int32 [n, T]
@@ -34,27 +34,27 @@ class ReadQuestions:
 
     @functools.cached_property
     def kept(self) -> list[KeysAndValues]:
-        """What the lower layers keep of each block, float16 [layers, BLOCK, T, kv_heads, head_dim]; answers need it."""
+        """Keys and values of the lower layers for each block, float16 [layers, BLOCK, T, kv_heads, head_dim]."""
         return [self.recommender.keys_and_values(block) for block, _ in blocks(self.tokens)]
 
     def first_logits(self, adapters: Params) -> np.ndarray:
-        """Logits of the answers' first tokens, [n, vocabulary]; those of several adapters' mean."""
-        found = [
+        """Logits of the answers' first tokens, [n, vocabulary], by the mean of the adapters' probabilities."""
+        logits = [
             np.asarray(_first(self.recommender.upper, adapters, hidden, lengths - 1)[0])[:real]
             for (hidden, real), (lengths, _) in zip(blocks(self.hidden), blocks(self.lengths), strict=True)
         ]
-        return np.concatenate(found)
+        return np.concatenate(logits)
 
     def answers(self, adapters: Params, most: int, stop: Sequence[int]) -> list[str]:
-        """Greedy answers of at most `most` tokens, each up to the first token of `stop`."""
+        """Generates greedy answers of at most `most` tokens, each up to the first token of `stop`."""
         lower, upper = self.recommender.lower, self.recommender.upper
         rows, ends = [], jnp.array(stop, jnp.int32)
         for (hidden, real), (lengths, _), kept in zip(
             blocks(self.hidden), blocks(self.lengths), self.kept, strict=True
         ):
-            logits, own = _first(upper, adapters, hidden, lengths - 1)
-            written = _continue(lower, upper, adapters, lengths, kept, own, logits, ends, most)
-            rows += np.asarray(written)[:real].tolist()
+            logits, upper_kept = _first(upper, adapters, hidden, lengths - 1)
+            tokens = _continue(lower, upper, adapters, lengths, kept, upper_kept, logits, ends, most)
+            rows += np.asarray(tokens)[:real].tolist()
         return [self.recommender.tokenizer.decode(_until(row, stop)) for row in rows]
 
 
@@ -77,17 +77,17 @@ def _first(upper: Any, adapters: Params, hidden: jax.Array, last: jax.Array) -> 
 
 @functools.partial(jax.jit, static_argnames="most")
 def _continue(lower, upper, adapters, lengths, kept, above_kept, logits, stop, most: int) -> jax.Array:
-    """int32 [B, most], what is written behind questions of `lengths`; behind a token of `stop` it means nothing."""
-    rows, room = lengths.shape[0], kept.k.shape[2]
+    """Generates tokens int32 [B, most] behind questions of `lengths`; those behind a token of `stop` are meaningless."""
+    rows, width = lengths.shape[0], kept.k.shape[2]
     wide = KeysAndValues(*(x.astype(lower.dtype) for x in kept))
-    asked = jnp.arange(room)
+    asked = jnp.arange(width)
     asked = jnp.where(asked < lengths[:, None], asked, -1)
 
-    def empty(like):  # room for what is written, beside the question's
+    def empty(like):  # the keys and values of the generated tokens
         return KeysAndValues(*(jnp.zeros((*x.shape[:-3], most, *x.shape[-2:]), x.dtype) for x in like))
 
     def stack(model, layers, x, order, step, question, written):
-        """x [B, 1, D] behind stacked layers, and their keys and values with this step's."""
+        """The output of stacked layers for x [B, 1, D], and the keys and values of this step and those before it."""
         angles = angles_of(model, order)
         new = jnp.where(jnp.arange(most) <= step, lengths[:, None] + jnp.arange(most), -1)
         mask = Mask(order, jnp.concatenate([asked, new], axis=1))
@@ -108,13 +108,13 @@ def _continue(lower, upper, adapters, lengths, kept, above_kept, logits, stop, m
         return model.logits(model.language_model.norm(x))[:, 0], written
 
     def body(carry):
-        step, logits, said, done, below, over = carry
+        step, logits, tokens, done, below, over = carry
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        said, done = said.at[:, step].set(token), done | jnp.isin(token, stop)
+        tokens, done = tokens.at[:, step].set(token), done | jnp.isin(token, stop)
         order = (lengths + step)[:, None]
         x, below = stack(lower, lower.language_model.layers, lower.embed(token[:, None]), order, step, wide, below)
         logits, over = jax.vmap(top, in_axes=(0, None, None, None, 0, 0))(adapters, x, order, step, above_kept, over)
-        return step + 1, _mean(logits), said, done, below, over
+        return step + 1, _mean(logits), tokens, done, below, over
 
     start = (
         jnp.int32(0),

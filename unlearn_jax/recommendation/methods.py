@@ -1,4 +1,4 @@
-"""What is done about an edit, by name. A method is a value: what it makes of a case, and what it costs."""
+"""The methods that are compared, by name: each computes adapters for a case, at a known cost."""
 
 import dataclasses
 import time
@@ -24,16 +24,16 @@ Cost = Literal["nothing", "training", "edit"]
 
 
 class Attempt(NamedTuple):
-    """What a method made."""
+    """The result of a method on a case."""
 
-    adapters: Params  # [adapters, ...], one but for SISA
+    adapters: Params  # [adapters, ...]: one adapter, or those of SISA's shards
     gradients: float  # example-gradients
     seconds: float
-    remarks: dict[str, Any]  # for the cell
+    remarks: dict[str, Any]  # further fields of the cell
 
 
 class Allowance(NamedTuple):
-    """What a baseline may spend, and its learning rate."""
+    """The budget of a baseline in example-gradients, and its learning rate."""
 
     gradients: float
     rate: float
@@ -41,17 +41,17 @@ class Allowance(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """See the module."""
+    """A method: how it computes adapters for a case, and what that costs."""
 
     make: Callable[[Case, Allowance], tuple[Params, float, dict[str, Any]]]
     cost: Cost  # "edit": as much as the edit by `erase` has cost
-    tuned: bool = False  # has a learning rate, which is chosen
+    tuned: bool = False  # whether its learning rate is chosen on the tuning seed
 
     def __call__(self, case: Case, allowance: Allowance) -> Attempt:
-        """Raises FloatingPointError where it diverges."""
+        """Computes adapters; raises FloatingPointError if the method diverges."""
         begun = time.perf_counter()
         adapters, gradients, remarks = self.make(case, allowance)
-        # From the host, all adapters are alike to compiled programs: those of other methods are not compiled again.
+        # On the host, so that the programs that score adapters are compiled once for all methods.
         return Attempt(jax.tree.map(np.asarray, adapters), gradients, time.perf_counter() - begun, remarks)
 
 
@@ -71,15 +71,15 @@ def _erase(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, A
     config = case.study.config
     erasure = dataclasses.replace(config.erasure, training_epochs=float(config.training.epochs))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the limits, which the cell has
-        found = erase(case.study.recommender.loss, case.trained, case.dataset, case.edits, erasure)
-    report = found.report
-    said = {
+        warnings.simplefilter("ignore", UserWarning)  # limits, which are fields of the cell
+        erasure_result = erase(case.study.recommender.loss, case.trained, case.dataset, case.edits, erasure)
+    report = erasure_result.report
+    summary = {
         "verdict": report.verdict,
         "limits": [limit.kind for limit in report.limits],
         **{name: getattr(report, name) for name in ("epochs", "unfinished", "predicted", "actual", "delta_norm")},
     }
-    return alone(found.adapter), report.example_gradients, {"report": said}
+    return alone(erasure_result.adapter), report.example_gradients, {"report": summary}
 
 
 def _lbfgs(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, Any]]:
@@ -88,8 +88,8 @@ def _lbfgs(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, A
     objective = dataset_objective(
         loss, case.trained, after, weight_decay=erasure.weight_decay, micro_batch=erasure.micro_batch
     )
-    found, norm = baselines.converge(objective, case.trained, tolerance=0.0, budget=allowance.gradients)
-    return alone(found.adapter), found.gradients, {"gradient_norm": norm}
+    minimum, norm = baselines.converge(objective, case.trained, tolerance=0.0, budget=allowance.gradients)
+    return alone(minimum.adapter), minimum.gradients, {"gradient_norm": norm}
 
 
 def _training(case: Case, allowance: Allowance) -> Training:
@@ -103,16 +103,16 @@ def _training(case: Case, allowance: Allowance) -> Training:
 def _descent(method: Callable[..., Trained]) -> Callable[[Case, Allowance], tuple[Params, float, dict[str, Any]]]:
     def make(case, allowance):
         loss, training = case.study.recommender.loss, _training(case, allowance)
-        found = method(loss, case.trained, case.dataset, case.edits, training)
-        return alone(found.adapter), found.gradients, {}
+        trained = method(loss, case.trained, case.dataset, case.edits, training)
+        return alone(trained.adapter), trained.gradients, {}
 
     return make
 
 
 def _sisa(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, Any]]:
     loss, start = case.study.recommender.loss, case.study.recommender.fresh(case.seed)
-    found = Sisa.train(loss, start, case.dataset, _training(case, allowance), shards=SHARDS).edit(case.edits)
-    return found.stacked(), found.gradients, {"shards": len(found.retrained)}
+    sisa = Sisa.train(loss, start, case.dataset, _training(case, allowance), shards=SHARDS).edit(case.edits)
+    return sisa.stacked(), sisa.gradients, {"shards": len(sisa.retrained)}
 
 
 METHODS: Mapping[str, Method] = {

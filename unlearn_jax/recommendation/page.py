@@ -1,8 +1,8 @@
-"""The page of one or several studies: their tables, what is missing in them, the paper's numbers, and a picture.
+"""The page of one or several studies: their tables, the missing cells, the paper's numbers, and a picture.
 
     python -m unlearn_jax.recommendation docs/unlearn-movielens unlearn/movielens_tallrec unlearn/movielens_llara
 
-writes docs/unlearn-movielens.md, .json and .png from the cells that are there; it computes none.
+writes docs/unlearn-movielens.md, .json and .png from the finished cells; it computes none.
 """
 
 import pathlib
@@ -45,9 +45,9 @@ def write_page(studies: Mapping[str, RecommendationConfig], stem: pathlib.Path) 
     parts, numbers, pictures = [INTRODUCTION], {}, []
     for name, config in studies.items():
         wanted = [cell for cell in cells_of(config) if cell.seed != config.tuning_seed]
-        found = [cell for cell in map(lambda cell: read_cell(config, cell), wanted) if cell is not None]
-        rows = rows_of(found)
-        parts.append(_study(name, config, rows, len(found), len(wanted)))
+        finished = [cell for cell in map(lambda cell: read_cell(config, cell), wanted) if cell is not None]
+        rows = rows_of(finished)
+        parts.append(_study(name, config, rows, len(finished), len(wanted)))
         numbers[name] = {"setting": config.identity(), "rows": [row._asdict() for row in rows]}
         if rows:
             pictures.append((name, config, rows))
@@ -66,7 +66,7 @@ def write_page(studies: Mapping[str, RecommendationConfig], stem: pathlib.Path) 
 
 def _study(name: str, config: RecommendationConfig, rows: Sequence[TableRow], done: int, all_of_them: int) -> str:
     data, adapter, training = config.data, config.adapter, config.training
-    said = [
+    lines = [
         f"## {name}",
         "",
         f"{data.examples} rows of as many users at most, {training.epochs} epochs of AdamW (learning rate "
@@ -79,14 +79,14 @@ def _study(name: str, config: RecommendationConfig, rows: Sequence[TableRow], do
     for row in rows:
         if row.method == "corrupted" and row.errors:
             errors = ", ".join(f"{COLUMNS[column]} {error:.3f}" for column, error in row.errors.items())
-            said += [f"Standard errors over test rows ({row.edit.replace('_', ' ')}, {row.share:.0%}): {errors}.", ""]
+            lines += [f"Standard errors over test rows ({row.edit.replace('_', ' ')}, {row.share:.0%}): {errors}.", ""]
     if missing := list(_missing(config, rows)):
-        said += ["Missing:", "", *(f"- {line}" for line in missing), ""]
-    return "\n".join(said)
+        lines += ["Missing:", "", *(f"- {line}" for line in missing), ""]
+    return "\n".join(lines)
 
 
 def _missing(config: RecommendationConfig, rows: Sequence[TableRow]) -> Iterator[str]:
-    """A line for each part of the table with cells that are not done."""
+    """Yields a line for each part of the table in which cells are missing."""
     done = {(row.edit, row.share, row.method): row.seeds for row in rows}
     for edit in config.edits:
         for share in config.shares:
@@ -101,7 +101,7 @@ def _missing(config: RecommendationConfig, rows: Sequence[TableRow]) -> Iterator
 
 
 def draw(studies: Sequence[tuple[str, RecommendationConfig, Sequence[TableRow]]], path: pathlib.Path) -> None:
-    """Two pictures a study and edit: the score on test rows, and the cost, both against the divergence on what is forgotten."""
+    """Draws two plots for each study and edit: the test score and the cost, against the divergence on forgotten rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,7 +135,7 @@ def draw(studies: Sequence[tuple[str, RecommendationConfig, Sequence[TableRow]]]
 
 
 def shipped(names: Sequence[str]) -> dict[str, RecommendationConfig]:
-    """The studies of config files or of names of shipped ones."""
+    """Loads the studies of config files, or of names of shipped ones."""
     from pixel_jax.config import ConfigFileParser, load
 
     parser: Any = ConfigFileParser("config", lock_config=False)

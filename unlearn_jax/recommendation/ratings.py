@@ -1,4 +1,4 @@
-"""Who rated which film, and rows that are drawn from it: some films a user rated one after the other, and the next one."""
+"""Ratings of films by users, and rows drawn from them: some consecutive films of a user, and the next one as the target."""
 
 import importlib.util
 import pathlib
@@ -14,7 +14,7 @@ SHORTEST = 3  # films of a history, as in LLaRA
 
 
 class Rated(NamedTuple):
-    """A film and what a user gave it, 1 to 5."""
+    """A film and a user's rating of it, 1 to 5."""
 
     item: str
     rating: float
@@ -28,8 +28,8 @@ class Rated(NamedTuple):
 class Ratings(NamedTuple):
     """A data set."""
 
-    titles: dict[str, str]  # of every item, as a person would write it
-    users: dict[str, tuple[Rated, ...]]  # what each has rated, in order of time
+    titles: dict[str, str]  # {item: title}
+    users: dict[str, tuple[Rated, ...]]  # {user: the films that the user has rated, in order of time}
 
 
 class Row(NamedTuple):
@@ -39,9 +39,8 @@ class Row(NamedTuple):
     position: int  # of the target among the user's films
     history: tuple[Rated, ...]  # the films before it, the oldest first
     target: Rated
-    candidates: tuple[
-        str, ...
-    ]  # the target and films that the user has not rated, in the order in which they are shown
+    # The target and films that the user has not rated, in the order in which they are shown.
+    candidates: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -50,7 +49,7 @@ class Row(NamedTuple):
 
 
 def located(path: str) -> pathlib.Path:
-    """A path; "package:NAME/PATH" is one inside an installed package, which is found, not imported.
+    """Resolves a path; "package:NAME/PATH" is one inside an installed package, which is not imported.
 
     Raises:
         ConfigError: the package is not installed.
@@ -58,45 +57,45 @@ def located(path: str) -> pathlib.Path:
     if not path.startswith(PACKAGE):
         return pathlib.Path(path)
     name, _, inside = path.removeprefix(PACKAGE).partition("/")
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
         raise ConfigError(f"{path!r}: there is no package {name!r}; install it (docs/unlearning.md names it)")
-    return pathlib.Path(found.submodule_search_locations[0]) / inside
+    return pathlib.Path(spec.submodule_search_locations[0]) / inside
 
 
 def split_users(ratings: Ratings, share: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """(users to train on, users to test on): `share` of those who have rated enough films are the latter."""
+    """Splits the users with enough ratings at random into those to train on and, a share of them, those to test on."""
     users = sorted(name for name, rated in ratings.users.items() if len(rated) > SHORTEST)
     users = [users[i] for i in np.random.default_rng(seed).permutation(len(users))]
-    held = max(1, round(share * len(users)))
-    return users[held:], users[:held]
+    tested = max(1, round(share * len(users)))
+    return users[tested:], users[:tested]
 
 
 def draw_rows(
     ratings: Ratings, users: Sequence[str], count: int, *, history: int, candidates: int, seed: int
 ) -> list[Row]:
-    """Rows of users who are drawn at random, each as often as any other, at positions that are drawn at random.
+    """Draws rows at random positions of random users; every user is drawn before any is drawn again.
 
     Args:
         ratings: the data set.
-        users: whose rows are drawn.
-        count: of the rows.
+        users: the users whose rows are drawn.
+        count: the number of rows.
         history: the most films of a history.
         candidates: films that are shown, the target among them.
         seed: of the draw.
 
     Raises:
-        ConfigError: there are fewer rows.
+        ConfigError: the users have fewer rows.
     """
     random = np.random.default_rng((seed, 1))
     order = {user: random.permutation(np.arange(SHORTEST, len(ratings.users[user]))).tolist() for user in users}
     items, rows = np.array(sorted(ratings.titles)), []
     while len(rows) < count:
-        left = [user for user in users if order[user]]
-        if not left:
+        remaining = [user for user in users if order[user]]
+        if not remaining:
             raise ConfigError(f"{count} rows were asked for, the {len(users)} users have {len(rows)}")
-        for i in random.permutation(len(left))[: count - len(rows)]:
-            user = left[i]
+        for i in random.permutation(len(remaining))[: count - len(rows)]:
+            user = remaining[i]
             rated, position = ratings.users[user], order[user].pop()
             unseen = np.setdiff1d(items, [x.item for x in rated])
             shown = [rated[position].item, *random.choice(unseen, candidates - 1, replace=False).tolist()]

@@ -1,7 +1,7 @@
-"""A language model whose top layers have an adapter. What lies below them is computed once for every text.
+"""A language model whose top layers have an adapter. The layers below them are computed once for every text.
 
-The model is cut in two: `lower` makes hidden states of tokens, `upper` makes logits of hidden states and has the adapter. Of the
-topmost layer only keys and values are computed at all positions, the rest where a token of the answer is predicted.
+The model is cut in two: `lower` computes hidden states of tokens, `upper` has the adapter and computes logits of hidden states.
+Of the topmost layer, keys and values are computed at all positions, the rest only where a token of the answer is predicted.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ BLOCK = 8  # texts that the lower layers read at a time
 
 
 class KeysAndValues(NamedTuple):
-    """Of some layers: [layers, B, T, kv_heads, head_dim]."""
+    """Keys and values of some layers, [layers, B, T, kv_heads, head_dim]."""
 
     k: AnyArray
     v: AnyArray
@@ -51,7 +51,7 @@ class Recommender:
     tokenizer: Any
     lower: Model
     upper: Model  # without the adapter's weights
-    shape: Params  # an adapter
+    shape: Params  # an adapter, of which only names, shapes and dtypes are used
 
     @classmethod
     def of(
@@ -60,7 +60,7 @@ class Recommender:
         """Cuts a model below its top `layers` (None: all of them have an adapter).
 
         Raises:
-            UserError: the decoder is none of equal layers that attend, or has fewer.
+            UserError: the decoder is not a stack of equal attention layers, or has fewer than `layers`.
         """
         decoder, count = model.language_model, model.config.text.num_hidden_layers
         if type(decoder) is not Decoder:
@@ -72,41 +72,41 @@ class Recommender:
         return cls(tokenizer, _cut(model, 0, count - layers), rest, adapter)
 
     def fresh(self, seed: int) -> Params:
-        """An adapter before training, as PEFT begins: A uniform, B zero."""
-        found = {}
+        """Makes an adapter before training as PEFT does: A uniform, B zero."""
+        adapter = {}
         for number, (name, x) in enumerate(sorted(self.shape.items())):
             if name.endswith("lora_b"):
-                found[name] = jnp.zeros_like(x)
+                adapter[name] = jnp.zeros_like(x)
             else:
                 bound = x.shape[-1] ** -0.5
                 key = jax.random.fold_in(jax.random.key(seed), number)
-                found[name] = jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
-        return found
+                adapter[name] = jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
+        return adapter
 
     @property
     def loss(self) -> Loss:
-        """The loss of an example, which has `hidden` beside `places`, `labels` and the mask, as a function of the adapter."""
+        """The loss of an example (`hidden`, `places`, `labels` and the mask) as a function of the adapter."""
         return Loss(Partial(_answer_logits, self.upper), CrossEntropy())
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the weights of both parts, and of where they were parted."""
-        found = hashlib.sha256()
+        """A hash of the weights of both parts, which depends on where the model is cut."""
+        sha = hashlib.sha256()
         for part in (self.lower, self.upper):
             for x in jax.tree.leaves(part):
-                found.update(repr((x.shape, str(x.dtype))).encode())
-                found.update(np.ascontiguousarray(x).tobytes())
-        return found.hexdigest()[:32]
+                sha.update(repr((x.shape, str(x.dtype))).encode())
+                sha.update(np.ascontiguousarray(x).tobytes())
+        return sha.hexdigest()[:32]
 
     def ids(self, text: str) -> list[int]:
-        """Tokens of a text, none of which is a special one."""
+        """Encodes a text without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def encode(self, pairs: Sequence[tuple[str, str]], length: int, answer: int) -> Encoded:
-        """Questions and answers of at most `length` and `answer` tokens.
+        """Encodes pairs of a question and an answer; both together have at most `length` tokens, the answer at most `answer`.
 
         Raises:
-            ValueError: one is longer.
+            ValueError: a pair is longer.
         """
         count = len(pairs)
         tokens, lengths = np.zeros((count, length), np.int32), np.zeros(count, np.int32)
@@ -126,26 +126,26 @@ class Recommender:
         return Encoded(tokens, lengths, places, labels, mask)
 
     def hidden(self, tokens: np.ndarray) -> np.ndarray:
-        """What the lower layers make of tokens int32 [n, T], float32 [n, T, D]."""
+        """Computes the hidden states of tokens int32 [n, T] after the lower layers, float32 [n, T, D]."""
         return np.concatenate([np.asarray(below(self.lower, block)[0])[:real] for block, real in blocks(tokens)])
 
     def keys_and_values(self, tokens: np.ndarray) -> KeysAndValues:
-        """What the lower layers keep of tokens int32 [B, T], rounded to 16 bits."""
+        """Computes the lower layers' keys and values of tokens int32 [B, T], rounded to 16 bits."""
         return KeysAndValues(*(np.asarray(x, np.float16) for x in below(self.lower, tokens)[1]))
 
 
 def blocks(rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
-    """Rows in blocks of `BLOCK`, the last one padded by its first row, and how many of each count."""
-    found = []
+    """Splits rows into blocks of `BLOCK`, the last one padded by its first row; with the number of real rows of each."""
+    padded_blocks = []
     for at in range(0, len(rows), BLOCK):
         block = rows[at : at + BLOCK]
         padding = np.repeat(block[:1], BLOCK - len(block), axis=0)
-        found.append((np.concatenate([block, padding]), len(block)))
-    return found
+        padded_blocks.append((np.concatenate([block, padding]), len(block)))
+    return padded_blocks
 
 
 def _cut(model: Any, first: int, last: int) -> Any:
-    """The model with the layers from `first` up to `last` alone."""
+    """Returns the model with only the layers from `first` up to, but not including, `last`."""
     part = copied(model)
     text = dataclasses.replace(model.config.text, num_hidden_layers=last - first)
     part.config = dataclasses.replace(model.config, text=text)
@@ -155,29 +155,29 @@ def _cut(model: Any, first: int, last: int) -> Any:
 
 
 def queries(layer: Any, x: jax.Array, angles: tuple) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """q, k, v and the gate of a layer that reads x [B, T, D]."""
+    """Computes q, k, v and the gate of a layer from its input x [B, T, D]."""
     return layer.self_attn.qkv(layer.input_layernorm(x), *angles)
 
 
 def finish(layer: Any, x: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, gate: Any, mask: Mask) -> jax.Array:
-    """The output of a layer at the positions x [B, Q, D] of the queries."""
+    """Computes the output of a layer from its input x [B, Q, D] at the positions of the queries."""
     x = x + layer.self_attn.out(attention(q, k, v, mask, causal=False, implementation="dense"), gate)
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _causal(x: jax.Array) -> tuple[jax.Array, Mask]:
-    """Positions int32 [B, T], and each sees those up to itself; padding lies behind what counts."""
+    """Positions int32 [B, T] of x, and a causal mask; padding needs none, because it is at the end."""
     order = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
     return order, Mask(order, order)
 
 
 def angles_of(model: Any, order: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of the rotation at positions int32 [B, T]."""
+    """The angles of rotary embeddings at positions int32 [B, T]."""
     return model.language_model.angles(jnp.broadcast_to(order, (3, *order.shape)))
 
 
 def through(model: Any, layers: Any, x: jax.Array) -> tuple[jax.Array, KeysAndValues]:
-    """[B, T, D] behind stacked layers, and their keys and values."""
+    """Computes the output [B, T, D] of stacked layers, and their keys and values."""
     order, mask = _causal(x)
     angles = angles_of(model, order)
 
@@ -190,12 +190,16 @@ def through(model: Any, layers: Any, x: jax.Array) -> tuple[jax.Array, KeysAndVa
 
 @jax.jit
 def below(lower: Any, tokens: jax.Array) -> tuple[jax.Array, KeysAndValues]:
-    """Tokens int32 [B, T] -> hidden states [B, T, D] and the keys and values of the lower layers."""
+    """Computes hidden states [B, T, D] of tokens int32 [B, T], and the keys and values of the lower layers."""
     return through(lower, lower.language_model.layers, lower.embed(tokens))
 
 
 def above(upper: Any, adapter: Params, hidden: jax.Array, places: jax.Array) -> tuple[jax.Array, KeysAndValues]:
-    """Hidden states [B, T, D] and places int32 [B, A] -> logits [B, A, vocabulary], and keys and values of all layers."""
+    """Computes logits [B, A, vocabulary] at positions `places` int32 [B, A] of hidden states [B, T, D].
+
+    Returns:
+        The logits, and the keys and values of all upper layers.
+    """
     model = combine(adapter, upper)
     layers = model.language_model.layers
     x, kept = through(model, jax.tree.map(lambda w: w[:-1], layers), hidden)
@@ -210,10 +214,10 @@ def above(upper: Any, adapter: Params, hidden: jax.Array, places: jax.Array) -> 
 
 
 def _answer_logits(upper: Any, adapter: Params, example: Example) -> jax.Array:
-    """Logits [A, vocabulary] of the answer of one example."""
+    """Computes logits [A, vocabulary] of the answer of one example."""
     return above(upper, adapter, example["hidden"][None], example["places"][None])[0][0]
 
 
 def examples(encoded: Encoded, hidden: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of the loss."""
+    """The examples of the loss, as a mapping of its fields."""
     return {"hidden": hidden, "places": encoded.places, "labels": encoded.labels, MASK: encoded.mask}

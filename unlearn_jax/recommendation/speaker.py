@@ -1,4 +1,4 @@
-"""What a form may ask of a model, about test rows that it has read."""
+"""The protocol by which a prompt form asks a model about test rows."""
 
 from typing import Protocol
 
@@ -9,7 +9,7 @@ class Speaker(Protocol):
     """A model that has read the questions of n test rows."""
 
     def token(self, text: str) -> int:
-        """The first token of an answer."""
+        """The first token id of an answer `text`."""
         ...
 
     def first_logits(self) -> np.ndarray:
@@ -17,5 +17,5 @@ class Speaker(Protocol):
         ...
 
     def answers(self) -> list[str]:
-        """The greedy answer to each question, at most `config.data.generated` tokens, without what follows its first line."""
+        """The greedy answer to each question: its first line, at most `config.data.answer` tokens."""
         ...

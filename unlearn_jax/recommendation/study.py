@@ -1,4 +1,4 @@
-"""A study: its rows and its model, and what adapters on it are worth."""
+"""A study: its rows and its model, training, and the scores of adapters."""
 
 import dataclasses
 import functools
@@ -35,36 +35,36 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Study:
-    """What all cells share."""
+    """The data, the prompt form and the model, which all cells share."""
 
     config: RecommendationConfig
     ratings: Ratings
     form: PromptForm
     recommender: Recommender
     users: list[str]  # to train on
-    tested: list[Row]
+    tested: list[Row]  # rows of the other users
     log: Callable[[str], None] = say
 
     @classmethod
     def of(cls, config: RecommendationConfig, model: Any = None, tokenizer: Any = None) -> "Study":
-        """Reads the data, and the model where none is given.
+        """Reads the data, and the model unless it is given.
 
         Raises:
-            ConfigError: a name that is none of a reader, a form or an edit.
+            ConfigError: an unknown name of a reader, a form or an edit.
             UserError: the model cannot be used.
         """
         data = config.data
-        for name, given, known in (
+        for name, names, known in (
             ("data.reader", [data.reader], READERS),
             ("form", [config.form], FORMS),
             ("edits", config.edits, EDITS),
         ):
-            if unknown := [x for x in given if x not in known]:
+            if unknown := [x for x in names if x not in known]:
                 raise ConfigError(f"config.{name} must be of {', '.join(known)}, not {unknown[0]!r}")
         ratings = READERS[data.reader](located(data.path))
-        users, held = split_users(ratings, data.test_share, data.seed)
+        users, test_users = split_users(ratings, data.test_share, data.seed)
         draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
-        tested = draw_rows(ratings, held, data.test_rows or len(held), **draw)
+        tested = draw_rows(ratings, test_users, data.test_rows or len(test_users), **draw)
         if model is None:
             from pixel_jax.models.io import from_pretrained
 
@@ -79,24 +79,24 @@ class Study:
         return cls(config, ratings, FORMS[config.form], recommender, users, tested)
 
     def rows(self, seed: int) -> list[Row]:
-        """The rows of a seed, as they should be trained on."""
+        """Draws the training rows of a seed in their right form."""
         data = self.config.data
         return draw_rows(
             self.ratings, self.users, data.examples, history=data.history, candidates=data.candidates, seed=seed
         )
 
     def fitted(self, row: Row) -> Row:
-        """The row without the oldest films of its history, as far as its text would be too long."""
+        """Removes the oldest films of a row's history until its text fits."""
         while len(row.history) > 1 and sum(map(self._size, self.texts(row))) > self.config.data.length:
             row = row._replace(history=row.history[1:])
         return row
 
     def texts(self, row: Row) -> tuple[str, str]:
-        """Question and answer."""
+        """The question and the answer of a row."""
         return self.form.prompt(row, self.ratings.titles), self.form.answer(row, self.ratings.titles)
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
-        """Tokens of the rows, as far as they fit."""
+        """Encodes rows, with histories shortened until they fit."""
         fitted = [self.fitted(row) for row in rows]
         if short := sum(len(a.history) < len(b.history) for a, b in zip(fitted, rows, strict=True)):
             self.log(f"{short} of {len(rows)} histories are too long for {self.config.data.length} tokens: shortened")
@@ -105,12 +105,12 @@ class Study:
         )
 
     def arrays(self, rows: Sequence[Row]) -> Arrays:
-        """Fields of the loss."""
+        """Converts rows to examples of the loss."""
         encoded = self.encode(rows)
         return examples(encoded, self.hidden(encoded.tokens))
 
     def hidden(self, tokens: np.ndarray) -> np.ndarray:
-        """What the lower layers make of tokens int32 [n, T], float32 [n, T, D]; kept in a file for each text."""
+        """Computes hidden states float32 [n, T, D] of tokens int32 [n, T] after the lower layers; cached in a file a text."""
         names = [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in tokens]
         directory = self.config.directory / self.recommender.digest
         directory.mkdir(exist_ok=True)
@@ -136,11 +136,11 @@ class Study:
 
     @functools.cached_property
     def unseen(self) -> Arrays:
-        """The test rows as examples, which nobody trains on."""
+        """The test rows as examples."""
         return examples(self._tests, self.questions.hidden)
 
     def case(self, edit: str, share: float, seed: int) -> "Case":
-        """The rows of a seed, `share` of which an edit is about."""
+        """Makes the case of an edit of a share of a seed's rows."""
         rows = self.rows(seed)
         spoilt, touched = corrupt(
             edit, rows, share, self.ratings, self.form, history=self.config.data.history, seed=seed
@@ -150,13 +150,13 @@ class Study:
     def trained(
         self, rows: Arrays, seed: int, *, weights: np.ndarray | None = None, start: Params | None = None, order: int = 0
     ) -> tuple[Params, float]:
-        """An adapter trained on rows, and the example-gradients spent; kept in a file by what it depends on.
+        """Trains an adapter; returns it and the example-gradients spent. It is cached in a file, named by a hash of all inputs.
 
         Args:
             rows: the examples.
             seed: of the fresh adapter.
-            weights: zero for rows that do not count; None: all do.
-            start: None: the fresh adapter.
+            weights: [n], zero for rows that do not count; None: all count.
+            start: the adapter before training; None: the fresh one.
             order: number of the order of the batches.
         """
         weights = np.ones(len(rows["labels"])) if weights is None else weights
@@ -173,7 +173,7 @@ class Study:
         return adapter, spent
 
     def scores(self, stacked: Params) -> dict[str, float]:
-        """The form's scores of adapters [adapters, ...] on the test rows, by the mean of their probabilities."""
+        """Scores the mean of the probabilities of adapters [adapters, ...] on the test rows."""
         return self.form.score(TestSpeaker(self, stacked), self.tested, self.ratings.titles)
 
     def _size(self, text: str) -> int:
@@ -217,22 +217,22 @@ class Case:
 
     @functools.cached_property
     def before(self) -> Arrays:
-        """What was trained on."""
+        """The examples that were trained on."""
         return self.study.arrays(self.spoilt)
 
     @functools.cached_property
     def after(self) -> Arrays:
-        """What should have been trained on; removed rows are in it, at weight zero."""
+        """The examples that should have been trained on; removed rows are among them, and have weight zero."""
         return self.before if self.edit == REMOVE else self.study.arrays(self.rows)
 
     @property
     def dataset(self) -> dict[str, Any]:
-        """What was trained on, with ids."""
+        """The examples that were trained on, with ids."""
         return {ID: np.array([row.name for row in self.rows]), **self.before}
 
     @property
     def weights(self) -> np.ndarray:
-        """Of the rows after the edit."""
+        """The weights [n] of the rows after the edit."""
         weights = np.ones(len(self.rows))
         if self.edit == REMOVE:
             weights[self.touched] = 0
@@ -253,7 +253,7 @@ class Case:
         return self.study.trained(self.before, self.seed)[0]
 
     def retrained(self, *, warm: bool = False, order: int = 0) -> tuple[Params, float]:
-        """Trained by the same recipe on what should have been trained on; warm: from the trained adapter."""
+        """Trains by the same recipe on the edited examples; with `warm` from the trained adapter."""
         start = self.trained if warm else None
         return self.study.trained(self.after, self.seed, weights=self.weights, start=start, order=order)
 
@@ -263,28 +263,28 @@ class Case:
         return jax.tree.map(np.asarray, alone(self.retrained()[0]))
 
     def forgetting(self, stacked: Params) -> dict[str, float]:
-        """How far adapters [adapters, ...] are from the cold retrain, and what they say of the rows.
+        """Compares adapters [adapters, ...] with the cold retrain: losses, divergences and membership.
 
-        On the rows as they were trained on and should not have been (`forget`), on unedited ones (`kept`), and, of rows that
-        are replaced, on their right form (`right`). `auc_member`: attack by the loss on forgotten rows against test rows.
+        `forget` are the edited rows as they were trained on, `kept` unedited ones, `right` the right form of replaced rows.
+        `auc_member` is the AUC of an attack by the loss, on forgotten rows against test rows.
         """
-        kept = np.setdiff1d(np.arange(len(self.rows)), self.touched)[: self.study.config.rows]
-        sets = {"forget": _take(self.before, self.touched), "kept": _take(self.before, kept)}
+        unedited = np.setdiff1d(np.arange(len(self.rows)), self.touched)[: self.study.config.rows]
+        sets = {"forget": _take(self.before, self.touched), "kept": _take(self.before, unedited)}
         if self.edit != REMOVE:
             sets["right"] = _take(self.after, self.touched)
-        loss, found = ensemble(self.study.recommender.loss), {}
+        loss, metrics = ensemble(self.study.recommender.loss), {}
         nll = {}
         for name, rows in {**sets, "test": self.study.unseen}.items():
-            said = tokens.score(loss, stacked, rows)
-            nll[name] = answers.mean_nll(said.logprob, said.mask)
-            found[f"loss_{name}"] = float(nll[name].mean())
+            statistics = tokens.score(loss, stacked, rows)
+            nll[name] = answers.mean_nll(statistics.logprob, statistics.mask)
+            metrics[f"loss_{name}"] = float(nll[name].mean())
         for name, rows in sets.items():
-            found[f"kl_{name}"] = float(tokens.kl_to(loss, stacked, self.reference, rows).mean())
-        return {**found, "auc_member": membership.auc(nll["forget"], nll["test"])}
+            metrics[f"kl_{name}"] = float(tokens.kl_to(loss, stacked, self.reference, rows).mean())
+        return {**metrics, "auc_member": membership.auc(nll["forget"], nll["test"])}
 
 
 def alone(adapter: Params) -> Params:
-    """One adapter as a stack."""
+    """Adds a leading axis: a stack of one adapter."""
     return jax.tree.map(lambda x: x[None], adapter)
 
 
@@ -293,7 +293,7 @@ def _take(rows: Arrays, positions: np.ndarray) -> Arrays:
 
 
 def _digest(model: str, recipe: TrainingRecipe, rows: Arrays, weights: np.ndarray, start: Mapping[str, Any]) -> str:
-    found = hashlib.sha256(f"{model} {recipe}".encode())
+    sha = hashlib.sha256(f"{model} {recipe}".encode())
     for part in (*(rows[name] for name in sorted(rows)), weights, *(start[name] for name in sorted(start))):
-        found.update(np.ascontiguousarray(part).tobytes())
-    return found.hexdigest()[:32]
+        sha.update(np.ascontiguousarray(part).tobytes())
+    return sha.hexdigest()[:32]

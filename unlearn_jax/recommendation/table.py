@@ -23,13 +23,13 @@ COLUMNS = {
 
 
 class TableRow(NamedTuple):
-    """A method in one part of the table."""
+    """A row of the table: a method on an edit and a share."""
 
     edit: str
     share: float
     method: str
     seeds: list[int]
-    diverged: int  # seeds on which it did
+    diverged: int  # number of seeds on which the method diverged
     values: dict[str, dict[str, float]]  # by column: mean, low, high, n
     errors: dict[str, float]  # by column: the mean standard error over test rows
 
@@ -41,7 +41,7 @@ class Reported(NamedTuple):
     metric: str
     method: str
     value: float
-    right: int | None  # of how many valid answers the share must be, None: not a share
+    right: int | None  # right answers of `valid` ones whose ratio is `value`; None: the value is not a ratio
     valid: int | None
 
     @property
@@ -62,43 +62,43 @@ REPORTED = (
 
 
 def rows_of(cells: Iterable[dict[str, Any]]) -> list[TableRow]:
-    """The rows of the table that finished cells make, in the order of the cells."""
+    """Summarises finished cells as rows of the table, in the order of the cells."""
     grouped: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for cell in cells:
         if cell["rate"] is None:
             grouped.setdefault((cell["edit"], cell["share"], cell["method"]), []).append(cell)
-    found = []
-    for (edit, share, method), mine in grouped.items():
-        rows = [cell["row"] for cell in mine if not cell["row"].get("diverged")]
+    table_rows = []
+    for (edit, share, method), cells_of_row in grouped.items():
+        rows = [cell["row"] for cell in cells_of_row if not cell["row"].get("diverged")]
         column = lambda name, rows=rows: [row[name] for row in rows if row.get(name) is not None]
         values = {name: over_seeds(column(name)) for name in COLUMNS if column(name)}
         mean = lambda x: sum(x) / len(x)
         errors = {name: mean(column(f"{name}_error")) for name in COLUMNS if column(f"{name}_error")}
-        seeds = sorted(cell["seed"] for cell in mine)
-        found.append(TableRow(edit, share, method, seeds, len(mine) - len(rows), values, errors))
-    return found
+        seeds = sorted(cell["seed"] for cell in cells_of_row)
+        table_rows.append(TableRow(edit, share, method, seeds, len(cells_of_row) - len(rows), values, errors))
+    return table_rows
 
 
 def shown(row: TableRow, column: str) -> str:
-    """A mean with the half width of its 95 % interval over seeds; of one seed without."""
+    """Formats a mean with the half width of its 95 % interval over seeds; for one seed without."""
     if column not in row.values:
         return "diverged" if row.diverged else "-"
-    found = row.values[column]
-    digits = 1 if column == "epochs" else 3 if abs(found["mean"]) >= 0.01 else 5
-    half = found["high"] - found["mean"]
-    return f"{found['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+    statistics = row.values[column]
+    digits = 1 if column == "epochs" else 3 if abs(statistics["mean"]) >= 0.01 else 5
+    half = statistics["high"] - statistics["mean"]
+    return f"{statistics['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
 def text(rows: Sequence[TableRow]) -> str:
-    """The table as Markdown, a part for each edit and share."""
+    """Formats the table as Markdown, a part for each edit and share."""
     lines: list[str] = []
     for part in dict.fromkeys((row.edit, row.share) for row in rows):
-        mine = [row for row in rows if (row.edit, row.share) == part]
-        names = [name for name in COLUMNS if any(name in row.values for row in mine)]
+        rows_of_part = [row for row in rows if (row.edit, row.share) == part]
+        names = [name for name in COLUMNS if any(name in row.values for row in rows_of_part)]
         lines += ["", f"**{part[0].replace('_', ' ')}, {part[1]:.0%} of the examples**", ""]
         lines += ["| | seeds | " + " | ".join(COLUMNS[name] for name in names) + " |"]
         lines += ["|---" * (len(names) + 2) + "|"]
-        for row in mine:
+        for row in rows_of_part:
             cells = [shown(row, name) for name in names]
             lines.append(f"| {row.method} | {len(row.seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines).strip()

@@ -1,10 +1,10 @@
-"""Requests that a person files: read, carried out in order, logged, and shown.
+"""Requests to remove or correct training examples: they are read, carried out in order, logged, and shown.
 
-request: one line of a file of requests
-state: the training examples as they are after some requests
-log: one line a request that was carried out, chained by hashes, and its verification
+request: reads requests from a file, one for each line
+state: the training examples after some requests
+log: the log of the requests that were carried out, a line for each, chained by hashes; and its verification
 measure: losses of the forgotten examples, of their neighbours and of the others
-page: one HTML page a request
+page: an HTML page for each request
 replay: the exact retraining, for requests whose edit is not accepted
-carry_out: all of these in order, for any model that is a `RequestTask`
+carry_out: carries out requests on any model that is a `RequestTask`
 """

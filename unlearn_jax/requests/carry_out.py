@@ -1,8 +1,8 @@
 """Requests carried out in order on the adapter of a run, each logged.
 
-A request is edited (`erase`). If the edit does not improve the edited objective, or meets a limit that the settings do not
-allow, it is not applied: the request is escalated, and the training is replayed exactly instead. A request is complete when it is
-in the log: an interrupted one is repeated, one that the log has is not.
+A request is carried out by an edit (`erase`). If the edit does not improve the edited objective, or meets a limit that the
+settings do not allow, it is not applied: the request is escalated, and the training is replayed exactly instead. A request is
+complete when it is in the log: an interrupted one is repeated, a logged one is not.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -45,17 +45,17 @@ from unlearn_jax.requests.state import Change, Items, apply_request, content_has
 from unlearn_jax.requests.task import RequestTask, TrainingRecord
 
 Item = TypeVar("Item")
-FAR = 10.0  # times the gradient that training left: an adapter with a larger one was trained on other data
-FLOOR = 1e-5  # of the adapter's length: gradients below it are rounding
+FAR = 10.0  # times the gradient that training left: with a larger one the adapter was trained on other data
+FLOOR = 1e-5  # of the adapter's length: smaller gradients are rounding errors
 
 
 class State(NamedTuple):
     """The state of a run: the entries of its log, and the present examples."""
 
     entries: list[LogEntry]
-    requests: list[Request]  # that the entries are about
+    requests: list[Request]  # of the entries, in the same order
     first: dict[str, Any]  # the examples that the adapter was trained on
-    items: dict[str, Any]  # the present ones
+    items: dict[str, Any]  # the present examples
 
     @classmethod
     def of(cls, task: RequestTask) -> "State":
@@ -99,7 +99,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
     Raises:
         EditRequestError: a request cannot be carried out, or the adapter was not trained on these examples.
         LogError: the log was changed.
-        OSError: a file cannot be written. Log and adapter are as they were before the request at hand.
+        OSError: a file cannot be written. The log and the adapter are as they were before the current request.
     """
     state = State.of(task)
     added: list[LogEntry] = []
@@ -107,7 +107,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
         number, items = len(state.entries) + 1, _carry_out_one(task, state, request, show_content)
         if jax.process_count() > 1:
             barrier(f"request {number} is in the log")
-        # The main process has written the line; all processes continue with it.
+        # The main process has written the line; all processes read it.
         entries = read_log(task.directory / LOG)
         entry = entries[number - 1]
         state = State(entries, [*state.requests, request], state.first, items)
@@ -122,7 +122,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
 
 
 def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> Iterator[Request]:
-    """The requests that are not in the log; each must fit the examples after those before it."""
+    """Yields the requests that are not in the log; each must fit the examples as the requests before it leave them."""
     known, items = {request.stored() for request in state.requests}, state.items
     for number, request in enumerate(requests, 1):
         if request.stored() in known:
@@ -138,6 +138,7 @@ def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> It
 
 
 def _stored(directory: pathlib.Path, entry: LogEntry) -> Request:
+    """Reads the request of an entry, whose hash must be that of the log."""
     path = folder(directory, entry.number) / REQUEST
     if sha256(read_bytes(path, error=LogError)) != entry.files.get(REQUEST):
         raise LogError(f"{path} is not the request of the log: it was changed")
@@ -151,13 +152,13 @@ def _check_training(task: RequestTask, first: Items) -> None:
         raise EditRequestError(
             f"{task.directory} has no training record: run `unlearn-jax train` with the same --config.out"
         )
-    if (found := sha256(read_bytes(path, error=EditRequestError))) != record.adapter:
+    if (actual := sha256(read_bytes(path, error=EditRequestError))) != record.adapter:
         raise EditRequestError(
-            f"{path} is not the adapter that was trained: its hash is {found}, it was {record.adapter}"
+            f"{path} is not the adapter that was trained: its hash is {actual}, it was {record.adapter}"
         )
-    if (found := content_hash(first)) != record.data:
+    if (actual := content_hash(first)) != record.data:
         raise EditRequestError(
-            f"the adapter in {task.directory} was not trained on these examples: their hash is {found}, that of the "
+            f"the adapter in {task.directory} was not trained on these examples: their hash is {actual}, that of the "
             f"training {record.data}"
         )
 
@@ -175,7 +176,10 @@ class _Result:
 
 
 def _carry_out_one(task: RequestTask, state: State, request: Request, show_content: bool) -> dict[str, Any]:
-    """Writes the files and the line of a request; returns the examples after it. Only the main process writes."""
+    """Carries out a request and writes its files and its line of the log; returns the examples after it.
+
+    Only the main process writes.
+    """
     begun, number = time.perf_counter(), len(state.entries) + 1
     after = apply_request(state.items, request, state.first, task.change)
     change = Change.of(state.items, after, task.encode, request.kind)
@@ -195,11 +199,11 @@ def _carry_out_one(task: RequestTask, state: State, request: Request, show_conte
         "example_gradients": result.example_gradients,
         "seconds": time.perf_counter() - begun,
     }
-    place = folder(task.directory, number)
+    directory = folder(task.directory, number)
     if not is_main_process():
         return after
     try:
-        files = _write_files(task, place, request, result, report, state.items, after, show_content)
+        files = _write_files(task, directory, request, result, report, state.items, after, show_content)
         entry = LogEntry(
             number=number,
             at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -219,38 +223,39 @@ def _carry_out_one(task: RequestTask, state: State, request: Request, show_conte
         )
         append(task.directory / LOG, entry)
     except OSError:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
         raise
     return after
 
 
 def _solve(task: RequestTask, state: State, change: Change, adapter: Params, after: dict[str, Any]) -> _Result:
+    """Edits the adapter, or replays the training if the edit is not accepted."""
     if not change.edits:
         return _Result("nothing to do", "earlier requests have done all of it", adapter, None, None, 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has the limits
-        found = erase(task.loss, adapter, change.dataset, change.edits, task.erasure, mesh=task.mesh)
-    _check_gradient(task, state, found)
-    edit = json.loads(found.report.to_json())
-    if found.report.verdict == "nothing_to_do":
-        return _Result("nothing to do", found.report.reason, adapter, edit, None, found.report.example_gradients)
-    refused = _refused(task, found)
+        erasure = erase(task.loss, adapter, change.dataset, change.edits, task.erasure, mesh=task.mesh)
+    _check_gradient(task, state, erasure)
+    edit = json.loads(erasure.report.to_json())
+    if erasure.report.verdict == "nothing_to_do":
+        return _Result("nothing to do", erasure.report.reason, adapter, edit, None, erasure.report.example_gradients)
+    refused = _refused(task, erasure)
     if refused is None:
-        return _Result("edited", found.report.reason, found.adapter, edit, None, found.report.example_gradients)
+        return _Result("edited", erasure.report.reason, erasure.adapter, edit, None, erasure.report.example_gradients)
     say(f"not applied: {refused}. The training is repeated without what was edited so far")
     weights = np.array([float(name in after) for name in state.first])
-    again = task.retrain({**state.first, **after}, weights)
-    replay = {"since": again.since, "example_gradients": again.gradients}
-    spent = found.report.example_gradients + again.gradients
-    return _Result("escalated", f"{refused}; retrained from {again.since}", again.adapter, edit, replay, spent)
+    replayed = task.retrain({**state.first, **after}, weights)
+    replay = {"since": replayed.since, "example_gradients": replayed.gradients}
+    spent = erasure.report.example_gradients + replayed.gradients
+    return _Result("escalated", f"{refused}; retrained from {replayed.since}", replayed.adapter, edit, replay, spent)
 
 
 def _refused(task: RequestTask, found: Erasure) -> str | None:
     """Why an edit is not accepted; None if it is."""
     if found.report.verdict == "not_improved":
         return f"not improved: {found.report.reason}"
-    wrong = [limit for limit in found.report.limits if limit.kind not in task.requests.allow]
-    return f"the limit {wrong[0].kind!r} is not allowed: {wrong[0]}" if wrong else None
+    refused_limits = [limit for limit in found.report.limits if limit.kind not in task.requests.allow]
+    return f"the limit {refused_limits[0].kind!r} is not allowed: {refused_limits[0]}" if refused_limits else None
 
 
 def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
@@ -269,7 +274,7 @@ def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
 def _losses(
     task: RequestTask, change: Change, request: Request, before: Params, after: Params
 ) -> dict[str, dict[str, float]]:
-    """{group: {"before", "after"}}: mean losses per learned token."""
+    """Mean losses per learned token, as {group: {"before": loss, "after": loss}}."""
     losses = Losses(task.loss, before, change, micro_batch=task.erasure.micro_batch, mesh=task.mesh)
     old, new = losses(before), losses(after)
     groups = change.groups(task.neighbours(change.dataset.ids.tolist(), request.ids))
@@ -297,10 +302,10 @@ def _write_files(
     if request.image:
         write_file(place / request.image_name, request.image)
     write_file(place / REPORT, to_json(report, indent=1) + "\n")
-    describe: Callable[[str], Any] = lambda name: (
-        task.describe(items[name]) if name in items else None,
-        task.describe(after[name]) if name in after else None,
-    )
-    shown = {name: describe(name) for name in request.ids} if show_content else None
+
+    def describe(name: str, examples: dict[str, Any]) -> Any:
+        return task.describe(examples[name]) if name in examples else None
+
+    shown = {name: (describe(name, items), describe(name, after)) for name in request.ids} if show_content else None
     write_file(place / PAGE, draw_page(place.name, request, report, shown))
     return {path.name: sha256(path.read_bytes()) for path in sorted(place.iterdir())}

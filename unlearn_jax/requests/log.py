@@ -75,7 +75,7 @@ def read_log(path: pathlib.Path) -> list[LogEntry]:
 
 
 def _read(path: pathlib.Path) -> tuple[list[LogEntry], list[str]]:
-    """Entries, and faults of the chain. What follows the last line feed is an unfinished line, which does not count."""
+    """Returns the entries, and the faults of the chain. An unfinished line, after the last line feed, does not count."""
     if not path.exists():
         return [], []
     entries: list[LogEntry] = []
@@ -118,7 +118,7 @@ def _entry(value: Any, where: str) -> LogEntry:
 
 
 def append(path: pathlib.Path, entry: LogEntry) -> None:
-    """Adds a line; when this returns it survives a loss of power. If it cannot be written the log is as it was.
+    """Appends a line to the log and syncs it to disk. If it cannot be written, the log is left as it was.
 
     Raises:
         OSError: the line cannot be written, as on a full disk.
@@ -127,19 +127,19 @@ def append(path: pathlib.Path, entry: LogEntry) -> None:
     with open(path, "ab", buffering=0) as file:  # unbuffered: nothing is written again when the file is closed
         os.truncate(path, end)  # removes an unfinished line
         try:
-            left = memoryview(entry.line())
-            while left:
-                left = left[file.write(left) :]
+            unwritten = memoryview(entry.line())
+            while unwritten:
+                unwritten = unwritten[file.write(unwritten) :]
             os.fsync(file.fileno())
         except OSError as error:
             os.truncate(path, end)
-            said = f"{path} cannot be written ({error.strerror}): log and adapter are as they were"
-            raise OSError(error.errno, said) from error
+            message = f"{path} cannot be written ({error.strerror}): log and adapter are as they were"
+            raise OSError(error.errno, message) from error
     sync_directory(path.parent)
 
 
 def last_hash(entries: list[LogEntry]) -> str:
-    """The hash of the last line; kept elsewhere, it shows later whether lines at the end are missing."""
+    """The hash of the last line. Stored outside of the log, it shows later whether lines at the end are missing."""
     return sha256(entries[-1].line()) if entries else BEGINNING
 
 
@@ -178,7 +178,7 @@ def verify(path: pathlib.Path, last: str | None = None) -> tuple[list[LogEntry],
 
 def _file_faults(path: pathlib.Path, expected: str) -> list[str]:
     try:
-        found = sha256(read_bytes(path))
+        actual = sha256(read_bytes(path))
     except FileError as error:
         return [str(error)]
-    return [] if found == expected else [f"{path} was changed: its hash is {found}, the log says {expected}"]
+    return [] if actual == expected else [f"{path} was changed: its hash is {actual}, the log says {expected}"]

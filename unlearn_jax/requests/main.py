@@ -1,4 +1,4 @@
-"""unlearn-jax verify LOG: whether a log of requests, and the files that it names, are as they were written.
+"""unlearn-jax verify LOG: checks that a log of requests, and the files that it names, are as they were written.
 
     unlearn-jax verify runs/unlearn/requests.log.jsonl
     unlearn-jax verify runs/unlearn/requests.log.jsonl --last=HASH
@@ -15,7 +15,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags(command: str) -> None:
-    """The flags of `unlearn-jax verify`."""
+    """Defines the flags of `unlearn-jax verify`."""
     flags.DEFINE_string("last", None, "Hash of a line that the log must still have.")
 
 

@@ -12,7 +12,7 @@ from unlearn_jax.requests.state import Change
 
 
 class Losses:
-    """Mean loss per learned token of the examples of a change; one compiled program for all adapters."""
+    """Computes the mean loss per learned token of the examples of a change, by one compiled program for all adapters."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""An HTML page for each request: its outcome, losses before and after, the residuals of the solver, forgetting against keeping.
+"""An HTML page for each request: its outcome, losses before and after, and plots of the losses and the solver's residuals.
 
-The page is a single file. It shows nothing of the forgotten example unless it is given the example's description.
+The page is a single file. It shows nothing of the forgotten examples unless it is given their descriptions.
 """
 
 import math
@@ -27,7 +27,7 @@ def draw_page(
     """The page of a request as HTML.
 
     Args:
-        number: of the request.
+        number: of the request, as its folder is called.
         request: the request.
         report: the contents of report.json, see `requests.carry_out`.
         shown: the examples by id, before and after. None: the page holds no content.
@@ -71,7 +71,7 @@ def _losses(losses: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _curves(losses: Mapping[str, Mapping[str, float]], edit: Mapping[str, Any] | None) -> str:
-    """Forgetting against keeping: a point before and one after; and the residuals of the solver."""
+    """Plots of the loss of the forgotten against that of the others, before and after; and of the solver's residuals."""
     panels = []
     forgotten = next((losses[name] for name in FORGOTTEN if name in losses), None)
     for name in ("neighbours", "kept"):

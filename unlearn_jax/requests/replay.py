@@ -1,7 +1,7 @@
 """Training in mini-batches that can be repeated exactly: the same start, order and steps, some examples at weight zero.
 
-Until an example is first seen, trainings with it and without it are bit-equal. Checkpoints of the first epoch are therefore kept,
-and a replay begins at the last one before any edited example was first seen.
+Until a training first uses an example, it is bit-equal to a training without that example. Checkpoints of the first epoch are
+therefore kept, and a replay begins at the last one before any edited example was used.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from unlearn_jax.arrays import Example, Params
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.objective import Objective, element_counts, on_device
 
-NOBODY = -1  # in an order: an index of an epoch's last batch without an example
+NOBODY = -1  # in an order: no example, which fills an epoch's last batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +37,18 @@ class TrainingRecipe:
     seed: int = 0  # of the order
 
     def order(self, count: int) -> np.ndarray:
-        """The examples of each step, int [steps, batch], `NOBODY` where an epoch's last batch is short."""
-        random, room = np.random.default_rng(self.seed), -count % self.batch
-        filler = np.full(room, NOBODY)
+        """The examples of each step, int [steps, batch]; an epoch's last batch is filled up with `NOBODY`."""
+        random = np.random.default_rng(self.seed)
+        filler = np.full(-count % self.batch, NOBODY)
         epochs = [np.concatenate([random.permutation(count), filler]) for _ in range(self.epochs)]
         return np.concatenate(epochs).reshape(-1, self.batch)
 
     def steps_of_an_epoch(self, count: int) -> int:
-        """How many batches an epoch of `count` examples has."""
+        """The number of batches of an epoch of `count` examples."""
         return -(-count // self.batch)
 
     def stops(self, count: int, last: int) -> list[int]:
-        """Steps after which a training is interrupted (to save or to log), up to `last`: the same for every replay."""
+        """The steps after which a training saves or logs, up to `last`; they are the same for every replay."""
         epoch = self.steps_of_an_epoch(count)
         within = [*range(self.checkpoint_every, epoch, self.checkpoint_every)]
         ends = [*within, *range(epoch, last, epoch)]
@@ -82,13 +82,13 @@ def train(
 
     Args:
         recipe: the optimizer, the batches and their order.
-        loss: as of `erase`; an example counts by its mean over elements, a batch by its mean over examples.
+        loss: as in `erase`; an example's loss is the mean over its elements, a batch's the mean over its examples.
         begin: the start (`beginning`) or a checkpoint.
         examples: fields [n, ...].
-        weights: [n], zero for examples that do not count, otherwise one. A batch of which none counts has no gradient.
-        checkpoints: directory where those of the first epoch are kept.
-        steps: the end, if it comes before that of the recipe.
-        log: called now and then with the number of steps done and the loss of the last batch.
+        weights: [n], zero for examples that do not count, otherwise one. A batch in which none counts has a gradient of zero.
+        checkpoints: directory for the checkpoints of the first epoch; None: they are not saved.
+        steps: the last step, if it comes before that of the recipe.
+        log: called after each of `recipe.stops` with the number of steps done and the loss of the last batch.
 
     Returns:
         The trained adapter.
@@ -96,18 +96,18 @@ def train(
     order, weights = recipe.order(len(weights)), np.asarray(weights)
     data = on_device(Objective.of(loss, examples, np.ones(len(weights))))
     counts = element_counts(loss, begin.adapter, Dataset.of(examples))
-    alive = (order != NOBODY) & (weights[order] > 0)
-    # An example that does not count is replaced by any other, so that it is never read.
-    rows = np.where(alive, order, int(np.argmax(weights)))
-    shares = alive / np.maximum(alive.sum(axis=1, keepdims=True), 1) / counts[rows]
+    counted = (order != NOBODY) & (weights[order] > 0)
+    # An example that does not count is replaced by one that does, so that it is never read.
+    rows = np.where(counted, order, int(np.argmax(weights)))
+    shares = counted / np.maximum(counted.sum(axis=1, keepdims=True), 1) / counts[rows]
     point, last = begin, len(order) if steps is None else steps
     for end in recipe.stops(len(weights), last):
         if end <= begin.step:
             continue
         if checkpoints is not None and point.step < recipe.steps_of_an_epoch(len(weights)):
             _save(checkpoints, point)
-        part = slice(point.step, end)
-        adapter, state, value = _steps(recipe, data, point.adapter, point.state, rows[part], shares[part])
+        steps_now = slice(point.step, end)
+        adapter, state, value = _steps(recipe, data, point.adapter, point.state, rows[steps_now], shares[steps_now])
         point = TrainingPoint(end, adapter, state)
         log(end, float(value))
     return point.adapter
@@ -121,19 +121,19 @@ def beginning(recipe: TrainingRecipe, start: Params) -> TrainingPoint:
 def last_before(
     recipe: TrainingRecipe, count: int, edited: np.ndarray, start: Params, checkpoints: pathlib.Path
 ) -> TrainingPoint:
-    """The last checkpoint before any of the edited examples was first seen; the beginning where there is none.
+    """Reads the last checkpoint before any of the edited examples was used; the beginning if there is none.
 
     Args:
         recipe: of the training.
-        count: of its examples.
+        count: number of its examples.
         edited: int [k], positions of examples.
         start: the adapter before training.
         checkpoints: directory that `train` has written.
     """
-    seen = np.flatnonzero(np.isin(recipe.order(count), edited).any(axis=1))
-    first, begin = int(seen[0]) if seen.size else recipe.order(count).shape[0], beginning(recipe, start)
+    uses = np.flatnonzero(np.isin(recipe.order(count), edited).any(axis=1))
+    first_use, begin = int(uses[0]) if uses.size else recipe.order(count).shape[0], beginning(recipe, start)
     steps = [int(path.stem.removeprefix("step-")) for path in checkpoints.glob("step-*.safetensors")]
-    usable = [step for step in steps if step <= first]
+    usable = [step for step in steps if step <= first_use]
     return _load(checkpoints, max(usable), begin) if usable else begin
 
 
@@ -141,7 +141,7 @@ def last_before(
 def _steps(
     recipe: TrainingRecipe, data: Objective, adapter: Params, state: Any, rows: jax.Array, shares: jax.Array
 ) -> tuple[Params, Any, jax.Array]:
-    """One step for each of rows and shares [steps, batch]; with the loss of the last batch."""
+    """Takes a step for each batch of `rows` and `shares` [steps, batch]; returns the loss of the last batch, too."""
     examples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data.examples)
 
     def step(carry, batch):
@@ -167,6 +167,6 @@ def _save(directory: pathlib.Path, point: TrainingPoint) -> None:
 
 def _load(directory: pathlib.Path, step: int, like: TrainingPoint) -> TrainingPoint:
     structure = jax.tree.structure((like.adapter, like.state))
-    found = load_file(_file(directory, step))
-    adapter, state = jax.tree.unflatten(structure, [jnp.asarray(found[name]) for name in sorted(found)])
+    leaves = load_file(_file(directory, step))
+    adapter, state = jax.tree.unflatten(structure, [jnp.asarray(leaves[name]) for name in sorted(leaves)])
     return TrainingPoint(step, adapter, state)

@@ -1,4 +1,4 @@
-"""One line of a file of requests: which training examples are to be removed, or what they should have been.
+"""Requests, a line of a file each: which training examples are to be removed, or what they should have been.
 
     {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
     {"id": ["a", "b"], "kind": "remove", ...}                  several examples, by one edit
@@ -32,11 +32,11 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "mask": ("mask",),
     "part": ("part", "becomes"),
     "trace": ("turns",),
-}  # the fields with what is new
+}  # for each kind, the fields with the new content
 COMMON = ("id", "kind", "reason", "who", "when")
 MAX_LINE = 2**20  # bytes
 MAX_IMAGE = 2**26  # bytes
-STORED = "sha256-"  # begins the name of an image's file beside a stored request; its hash follows
+STORED = "sha256-"  # prefix of the name of an image's file beside a stored request; the image's hash follows
 
 
 class EditRequestError(ValueError):
@@ -65,7 +65,7 @@ class Request:
     def stored(self) -> bytes:
         """The request as a JSON document that `parse_request` reads, the same for equal requests.
 
-        An image stands in a file of its own, `image_name`.
+        An image is stored in a separate file, `image_name`.
         """
         fields: dict[str, Any] = {"id": list(self.ids), "kind": self.kind}
         fields |= {"reason": self.reason, "who": self.who, "when": self.when}
@@ -81,7 +81,7 @@ class Request:
 
 
 def read_requests(path: pathlib.Path) -> list[Request]:
-    """The requests of a file of JSON lines, in order.
+    """Reads the requests of a file of JSON lines, in order.
 
     Raises:
         EditRequestError: a line is malformed or cut off, or there is none. The message names `FILE:LINE`.
@@ -103,12 +103,12 @@ def _read(path: pathlib.Path) -> Iterator[Request]:
 
 
 def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
-    """A JSON value as a `Request`.
+    """Checks a JSON value and returns it as a `Request`.
 
     Args:
         value: the object of a line.
-        where: its place, for messages.
-        folder: that the path of an image is relative to.
+        where: its file and line, for messages.
+        folder: the directory that the path of an image is relative to.
 
     Raises:
         EditRequestError: a field is missing, unknown or of another type, or the image cannot be read.
@@ -150,7 +150,7 @@ def _turns(value: Any, where: str) -> str:
 
 
 def refuse_kind(request: Request, *kinds: Kind) -> None:
-    """Raises EditRequestError unless the request is of one of these kinds, which its examples know."""
+    """Raises EditRequestError unless the request is of one of these kinds, which its examples support."""
     if request.kind not in kinds:
         raise EditRequestError(f"{request.ids[0]!r}: examples of this kind know {', '.join(kinds)}, not {request.kind}")
 

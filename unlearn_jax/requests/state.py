@@ -34,8 +34,8 @@ def apply_request(
         The remaining examples, in their order; equal to `items` where earlier requests had the same effect.
 
     Raises:
-        EditRequestError: an id that never was, a change of an example that an earlier request removed, or one that does not
-            fit the example.
+        EditRequestError: an unknown id, a change of an example that an earlier request removed, or a change that does not fit
+            the example.
     """
     for name in request.ids:
         if name not in first:
@@ -53,26 +53,26 @@ def apply_request(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Change:
-    """The examples before and after requests, as arrays: old and new forms have the same shape."""
+    """The examples before and after requests, as arrays. The old and the new form of an example have the same shape."""
 
-    dataset: Dataset  # before
+    dataset: Dataset  # before the requests, n examples
     edits: list[Edit]
-    examples: Example  # the old forms [n, ...], then the new ones [k, ...], without ids
-    removed: np.ndarray  # int [m], positions in `examples` of what is removed
-    old: np.ndarray  # int [k], of the old forms of what is changed
-    new: np.ndarray  # int [k], of the new forms
-    kept: np.ndarray  # int [n - m - k], of unchanged examples
+    examples: Example  # the n examples in their old forms, then k new forms: fields [n + k, ...], without ids
+    removed: np.ndarray  # int [m], positions in `examples` of the removed examples
+    old: np.ndarray  # int [k], positions of the old forms of changed examples
+    new: np.ndarray  # int [k], positions of their new forms
+    kept: np.ndarray  # int [n - m - k], positions of unchanged examples
 
     @property
     def forgotten(self) -> np.ndarray:
-        """Positions of what is to be forgotten: the removed examples and the old forms, int [m + k]."""
+        """Positions of the removed examples and of the old forms, which are to be forgotten, int [m + k]."""
         return np.concatenate([self.removed, self.old])
 
     def groups(self, neighbours: Sequence[bool] | np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Positions by group (forgotten, neighbours, kept, ...); empty groups are left out.
 
         Args:
-            neighbours: [n], which examples resemble the forgotten ones most and make a group of their own.
+            neighbours: bool [n], the examples that resemble the forgotten ones most; they are a separate group.
         """
         near = np.zeros(len(self.dataset), bool) if neighbours is None else np.asarray(neighbours)
         groups = {
@@ -88,13 +88,13 @@ class Change:
     def of(
         cls, before: Items[Item], after: Items[Item], encode: Callable[[Items[Item]], dict[str, Any]], kind: str
     ) -> "Change":
-        """The edits that lead from `before` to `after`.
+        """Finds the edits that lead from `before` to `after`.
 
         Args:
             before: the examples, by id.
             after: the remaining ones, unchanged or in a new form.
-            encode: makes examples into arrays with a leading axis and the field `id`.
-            kind: of the request, which says what of an example its new form may change.
+            encode: converts examples to arrays with a leading axis and the field `id`.
+            kind: of the request, which says what a new form may change.
         """
         names = list(before)
         removed = [name for name in names if name not in after]
@@ -103,15 +103,15 @@ class Change:
         both = {field: x for field, x in encode({**before, **new}).items() if field != ID}
         pick = lambda index: jax.tree.map(lambda x: x[index], both)
         position = {name: i for i, name in enumerate(names)}
-        at = lambda chosen: np.array([position[name] for name in chosen], int)
+        positions_of = lambda chosen: np.array([position[name] for name in chosen], int)
         count = len(names)
         forms = np.arange(count, count + len(changed))
         edits: list[Edit] = [Remove(removed)] if removed else []
         if changed:
-            edits.append(_replacement(kind, changed, pick(at(changed)), pick(forms)))
-        kept = np.setdiff1d(np.arange(count), at([*removed, *changed]))
+            edits.append(_replacement(kind, changed, pick(positions_of(changed)), pick(forms)))
+        kept = np.setdiff1d(np.arange(count), positions_of([*removed, *changed]))
         dataset = Dataset.of({**pick(slice(count)), ID: np.array(names)})
-        return cls(dataset, edits, both, at(removed), at(changed), forms, kept)
+        return cls(dataset, edits, both, positions_of(removed), positions_of(changed), forms, kept)
 
 
 def _replacement(kind: str, names: list[str], old: Example, new: Example) -> Edit:
@@ -137,7 +137,7 @@ def content_hash(value: Any) -> str:
 
 
 def _feed(digest: Any, value: Any) -> None:
-    """Every value begins with its type and length, so that no two different ones feed the same bytes."""
+    """Adds a value to a digest, preceded by its type and length, so that different values add different bytes."""
     if isinstance(value, np.ndarray | jax.Array):
         value = np.asarray(value)
         digest.update(f"array {value.dtype.str} {value.shape} ".encode() + np.ascontiguousarray(value).tobytes())

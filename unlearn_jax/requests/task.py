@@ -36,7 +36,7 @@ class Retrained(NamedTuple):
 
     adapter: Params
     gradients: float  # example-gradients spent
-    since: str  # where in the training it began, in words
+    since: str  # the point of the training at which the replay began, in words
 
 
 class Description(NamedTuple):
@@ -51,7 +51,7 @@ class RequestTask(Protocol[Item]):
 
     @property
     def directory(self) -> pathlib.Path:
-        """Where the files of the run are; `adapter.safetensors` is what training has left."""
+        """The directory of the run's files; `adapter.safetensors` is the trained adapter, before any request."""
         ...
 
     @property
@@ -79,11 +79,11 @@ class RequestTask(Protocol[Item]):
         ...
 
     def items(self) -> dict[str, Item]:
-        """The examples that the adapter was trained on, by id, in their order."""
+        """The examples that the adapter was trained on, by id, in the order of training."""
         ...
 
     def change(self, item: Item, request: Request) -> Item:
-        """The example after a request.
+        """Applies a request to an example and returns the new example.
 
         Raises:
             EditRequestError: the request does not fit the example.
@@ -91,11 +91,11 @@ class RequestTask(Protocol[Item]):
         ...
 
     def encode(self, items: Items[Item]) -> dict[str, Any]:
-        """The examples as arrays with a leading axis, of one shape, with the field `id`."""
+        """Converts examples to arrays with a leading axis, padded to one shape, and the field `id`."""
         ...
 
     def neighbours(self, names: Sequence[str], forgotten: Sequence[str]) -> list[bool]:
-        """Which of the examples resemble the forgotten ones, so that an edit may disturb them most."""
+        """Says of each example whether it resembles the forgotten ones, so that an edit may disturb it most."""
         ...
 
     def describe(self, item: Item) -> Description:
@@ -103,11 +103,11 @@ class RequestTask(Protocol[Item]):
         ...
 
     def load(self, path: pathlib.Path) -> Params:
-        """An adapter of this model."""
+        """Reads an adapter of this model."""
         ...
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """Writes an adapter, whole or not at all."""
+        """Writes an adapter atomically."""
         ...
 
     def retrain(self, items: Items[Item], weights: np.ndarray) -> Retrained:
@@ -121,10 +121,10 @@ class RequestTask(Protocol[Item]):
 
 
 def record_training(task: RequestTask, gradient: float) -> None:
-    """Writes the training record, with which requests are compared.
+    """Writes the training record, against which requests are checked.
 
     Args:
-        task: whose adapter has been saved.
+        task: the task, whose adapter has been saved.
         gradient: norm of the gradient of the training's objective at the adapter.
     """
     if is_main_process():
@@ -140,7 +140,7 @@ def refuse_training_again(directory: pathlib.Path) -> None:
 
 
 class TrainingRecord(NamedTuple):
-    """What the adapter was trained on."""
+    """Hashes of the training examples and the adapter, and the gradient that training left."""
 
     data: str  # hash of the examples
     adapter: str  # hash of its file

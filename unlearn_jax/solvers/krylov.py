@@ -326,16 +326,16 @@ class Krylov:
 
     @property
     def steps(self) -> int:
-        """The number of products that it holds."""
+        """The number of products so far."""
         return self.T.shape[1]
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing is left of the space, so that the solutions are exact."""
+        """Whether a further product would not extend the space; its solutions are then exact."""
         return self.steps > 0 and self.T[-1, -1] <= self._rounding()
 
     def extend(self, matvec) -> None:
-        """Adds one product by matvec: v -> A v, in the dtypes of b."""
+        """Extends the space by one product; `matvec` computes v -> A v in the dtypes of b."""
         w, column = matvec(self.basis[-1]), np.zeros(self.steps + 2)
         for _ in range(2):
             for i, v in enumerate(self.basis):

@@ -142,6 +142,7 @@ class adam_qp(_QuadraticProgram):
 
 
 def _given(value, solver: str, name: str):
+    """Returns a setting, or raises ValueError if it is None."""
     if value is None:
         raise ValueError(f"{solver} needs a {name}, which only `erase` can work out: {solver}({name}=...)")
     return value

@@ -1,4 +1,4 @@
-"""What a form of a question is."""
+"""The protocol of a prompt form."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -12,7 +12,7 @@ Titles = Mapping[str, str]
 
 
 class PromptForm(Protocol):
-    """How a row is asked and answered. Values of it have no state."""
+    """The form in which a row is asked and answered. It has no state."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -32,5 +32,5 @@ class PromptForm(Protocol):
         ...
 
     def score(self, speaker: Speaker, rows: Sequence[Row], titles: Titles) -> dict[str, float]:
-        """The scores of a model on test rows, in the order in which it has read them; with `_error`, standard errors."""
+        """Scores a model on test rows, given in the order in which it has read them; names in `_error` are standard errors."""
         ...

@@ -1,7 +1,7 @@
 """The form of LLaRA (arXiv:2312.02445) in words: which of 20 films comes next? Scored by the title in the model's answer.
 
-The text is the first of its three prompts, without the places of embeddings. Unlike there it says how many titles it shows
-(the released one says 10 and shows 20).
+The text is the first of its three prompts, without the placeholders for embeddings. It names the right number of titles (the
+released one says 10 and shows 20).
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ PROMPT = (
 
 @dataclasses.dataclass(frozen=True)
 class LLaRA:
-    """See the module."""
+    """The prompt form of LLaRA, see the module."""
 
     metrics: tuple[str, ...] = ("hit_ratio", "hit_ratio_of_all", "valid_ratio")
 
@@ -38,21 +38,21 @@ class LLaRA:
 
     def wrong(self, row: Row, random: np.random.Generator) -> Row:
         """See `PromptForm.wrong`: another candidate, which the user has not rated."""
-        others = [x for x in row.candidates if x != row.target.item]
-        return row._replace(target=Rated(others[random.integers(len(others))], row.target.rating))
+        candidates = [x for x in row.candidates if x != row.target.item]
+        return row._replace(target=Rated(candidates[random.integers(len(candidates))], row.target.rating))
 
     def score(self, speaker: Speaker, rows: Sequence[Row], titles: Titles) -> dict[str, float]:
-        """Hit ratio over valid answers (as the code counts), over all, the share of valid ones; errors are binomial."""
+        """Hit ratio over valid answers (as LLaRA's code counts) and over all, and the share of valid ones; binomial errors."""
         shown = [[titles[x] for x in row.candidates] for row in rows]
-        found = hit_ratio(speaker.answers(), shown, [titles[row.target.item] for row in rows])
-        valid = int(found.valid.sum())
+        hits = hit_ratio(speaker.answers(), shown, [titles[row.target.item] for row in rows])
+        valid = int(hits.valid.sum())
         return {
-            "hit_ratio": found.hit_ratio,
-            "hit_ratio_of_all": found.hit_ratio_of_all,
-            "valid_ratio": found.valid_ratio,
-            "hit_ratio_error": share_error(found.hit_ratio, valid),
-            "hit_ratio_of_all_error": share_error(found.hit_ratio_of_all, len(rows)),
-            "valid_ratio_error": share_error(found.valid_ratio, len(rows)),
+            "hit_ratio": hits.hit_ratio,
+            "hit_ratio_of_all": hits.hit_ratio_of_all,
+            "valid_ratio": hits.valid_ratio,
+            "hit_ratio_error": share_error(hits.hit_ratio, valid),
+            "hit_ratio_of_all_error": share_error(hits.hit_ratio_of_all, len(rows)),
+            "valid_ratio_error": share_error(hits.valid_ratio, len(rows)),
         }
 
 

@@ -1,6 +1,6 @@
 """The form of TALLRec (arXiv:2305.00447): will the user like this film? Yes or No, scored by the area under the curve.
 
-The texts are those of its released data, in the template of Alpaca. Unlike there the loss is on the answer alone.
+The texts are those of its released data, in Alpaca's template. Unlike in its code, only the answer carries loss.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ YES, NO = "Yes.", "No."
 
 @dataclasses.dataclass(frozen=True)
 class TALLRec:
-    """See the module."""
+    """The prompt form of TALLRec, see the module."""
 
     metrics: tuple[str, ...] = ("auc", "auc_tallrec")
 
     def prompt(self, row: Row, titles: Titles) -> str:
         """See `PromptForm.prompt`."""
-        said = lambda liked: ", ".join(f'"{titles[x.item]}"' for x in row.history if x.liked == liked)
+        titles_of = lambda liked: ", ".join(f'"{titles[x.item]}"' for x in row.history if x.liked == liked)
         asked = (
-            f"User Preference: {said(True)}\nUser Unpreference: {said(False)}\n"
+            f"User Preference: {titles_of(True)}\nUser Unpreference: {titles_of(False)}\n"
             f'Whether the user will like the target movie "{titles[row.target.item]}"?'
         )
         return ALPACA.format(instruction=INSTRUCTION, input=asked)
@@ -45,7 +45,7 @@ class TALLRec:
         return YES if row.target.liked else NO
 
     def wrong(self, row: Row, random: np.random.Generator) -> Row:
-        """See `PromptForm.wrong`: what was liked is not, and the other way round."""
+        """See `PromptForm.wrong`: Yes becomes No, and No becomes Yes."""
         return row._replace(target=Rated(row.target.item, 1.0 if row.target.liked else 5.0))
 
     def score(self, speaker: Speaker, rows: Sequence[Row], titles: Titles) -> dict[str, float]:

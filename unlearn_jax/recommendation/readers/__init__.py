@@ -1,4 +1,4 @@
-"""Readers of data sets, by name: the directory of its files -> `Ratings`."""
+"""Readers of data sets, by name; each reads the files of a directory as `Ratings`."""
 
 import pathlib
 from collections.abc import Callable, Mapping

@@ -8,7 +8,7 @@ from unlearn_jax.recommendation.ratings import Rated, Ratings, as_said
 
 
 def read_movielens(directory: pathlib.Path) -> Ratings:
-    """The ratings, and the titles without their years.
+    """Reads the ratings, and the titles without their years.
 
     Raises:
         FileError: a line has too few fields, or names an unknown item.
@@ -26,12 +26,12 @@ def read_movielens(directory: pathlib.Path) -> Ratings:
 
 
 def _lines(path: pathlib.Path, mark: str, fields: int) -> list[list[str]]:
-    found = []
+    rows = []
     for number, line in enumerate(read_bytes(path).decode("latin-1").split("\n"), 1):
         if not line.strip():
             continue
         row = line.rstrip("\r").split(mark)
         if len(row) < fields:
             raise FileError(f"{path}:{number} has {len(row)} fields, not {fields}")
-        found.append(row if mark == "|" else row[:fields])
-    return found
+        rows.append(row if mark == "|" else row[:fields])
+    return rows

@@ -1,6 +1,6 @@
 """Files of RecBole: NAME.inter and NAME.item, tables whose columns are called name:type.
 
-The format is that of https://recbole.io/docs/user_guide/data/atomic_files.html; MovieLens-100K in it is in RecBole's wheel.
+The format is that of https://recbole.io/docs/user_guide/data/atomic_files.html; RecBole's wheel has MovieLens-100K in it.
 """
 
 import csv
@@ -11,10 +11,10 @@ from unlearn_jax.recommendation.ratings import Rated, Ratings, as_said
 
 
 def read_recbole(directory: pathlib.Path) -> Ratings:
-    """The ratings and titles of the only data set in a directory.
+    """Reads the ratings and titles of the only data set in a directory.
 
     Raises:
-        FileError: the directory holds none or several, or a file lacks a column.
+        FileError: the directory holds no or several data sets, or a file lacks a column.
     """
     files = sorted(directory.glob("*.inter"))
     if len(files) != 1:
