@@ -43,7 +43,6 @@ from unlearn_jax.requests.log import LOG, verify
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
-FAST = "--xla_backend_optimization_level=0"  # for programs that run once
 ANSWERS = {"\\boxed{7}": 0.35, "\\boxed{3}": 0.15}
 END, START = scripted_model.END, scripted_model.START
 CROP = '\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.10, 0.11, 0.71, 0.82], "target_image": 1}}\n'
@@ -241,9 +240,9 @@ class Made(NamedTuple):
         return [self.folder / "a.png"] * self.sees
 
     def run(self, program, *arguments, devices=1):
-        """A command in a process of its own; what it printed."""
+        """What a command printed, in a process of its own."""
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from {program}.cli import main; main()"
-        flags = f"{FAST} --xla_force_host_platform_device_count={devices}"
+        flags = re.sub(r"(device_count=)\d+", rf"\g<1>{devices}", os.environ["XLA_FLAGS"])  # which compile fast
         found = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)], cwd=self.folder, env=os.environ | {"XLA_FLAGS": flags},
             capture_output=True, text=True, timeout=900,
@@ -323,16 +322,13 @@ def test_eval(made, tuned):
 
 
 def test_chat(made, tuned):
+    """About a video where the family has them."""
     adapter = f"--adapter={tuned / 'model' / 'adapter'}"
+    frames = [*(made.folder / f"{i}.png" for i in range(2)), "--video"] if made.family.videos else made.shown
     flags = ("--question=Which digit?", "--json=chat.json", adapter)
-    out = made.run("pixel_jax", "chat", made.model, *made.shown, *flags)
+    out = made.run("pixel_jax", "chat", made.model, *frames, *flags)
     (talk,) = load_transcripts(made.folder / "chat.json")
-    assert "question  Which digit?" in out and talk.turns and len(talk.pictures) == len(made.shown)
-    if made.family.videos:
-        frames = [made.folder / f"{i}.png" for i in range(2)]
-        made.run("pixel_jax", "chat", made.model, *frames, "--video", *flags)
-        (talk,) = load_transcripts(made.folder / "chat.json")
-        assert talk.turns and len(talk.pictures) >= 1
+    assert "question  Which digit?" in out and talk.turns and bool(talk.pictures) == made.sees
 
 
 def test_plan(made):
