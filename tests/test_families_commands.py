@@ -105,7 +105,11 @@ def chain_of(start: str, *calls: str) -> dict[str, dict[str, float]]:
     if not calls:
         return {start: ANSWERS, **dict.fromkeys(ANSWERS, {END: 1.0})}
     chain = {start: {"<tool_call>": 0.5, **ANSWERS}, "<tool_call>": dict.fromkeys(calls, 1 / len(calls))}
-    return {**chain, **dict.fromkeys(calls, {"</tool_call>": 1.0}), **dict.fromkeys(["</tool_call>", *ANSWERS], {END: 1.0})}
+    return {
+        **chain,
+        **dict.fromkeys(calls, {"</tool_call>": 1.0}),
+        **dict.fromkeys(["</tool_call>", *ANSWERS], {END: 1.0}),
+    }
 
 
 def chatml(written: str, chain: Mapping, calls: str = "pixel_reasoner", *, sees: bool = True):
@@ -312,9 +316,17 @@ def test_rl(made, tuned):
 
 
 def test_eval(made, tuned):
-    flags = {"model": made.model, "out": made.folder / "eval", "mesh": "{}", "batch": 2, "benchmarks.own.data": made.data}
+    flags = {
+        "model": made.model,
+        "out": made.folder / "eval",
+        "mesh": "{}",
+        "batch": 2,
+        "benchmarks.own.data": made.data,
+    }
     limits = json.loads((made.model / "rollout.json").read_text())
-    chosen = {"rollout." + x: limits[x] for x in (*PIXELS, "max_response", "max_new_tokens", "max_calls", "call_format")}
+    chosen = {
+        "rollout." + x: limits[x] for x in (*PIXELS, "max_response", "max_new_tokens", "max_calls", "call_format")
+    }
     settings = [f"--config.{key}={value}" for key, value in (flags | chosen).items()]
     made.run("pixel_jax", "eval", "--config=pixel/eval", *settings, f"--adapter={tuned / 'model' / 'adapter'}")
     found = [json.loads(x) for x in next((made.folder / "eval").rglob("*.jsonl")).read_text().splitlines()]
