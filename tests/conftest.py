@@ -50,7 +50,7 @@ def pytest_runtest_teardown(item, nextitem):
 # Named parts of the suite, `--all --part=NAME`: the beginnings of paths. A test belongs to the first that fits, or to "rest".
 PARTS = {
     "data": ("data/", "ops/", "evaluation/", "synthesis/"),
-    "models": ("models/",),
+    "models": ("models/", "test_families_commands.py"),
     "rollouts": ("rollouts/", "tools/", "dialog/"),
     "serving": ("serving/", "test_endpoint.py", "launch/"),
     "training": ("training/", "parallel/", "test_interrupts.py"),

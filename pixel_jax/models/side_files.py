@@ -101,10 +101,12 @@ def processor_template(files: dict[str, bytes], directory: Path) -> Any:
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a directory whose files `read_side_files` has read; FileError if it cannot be made of them."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # For some families AutoTokenizer splits texts as their first release did, whatever tokenizer.json says.
+        kind = PreTrainedTokenizerFast if _is_plain(directory) else AutoTokenizer
+        tokenizer = kind.from_pretrained(directory, local_files_only=True)
         # Some fields are only checked when the tokenizer is used.
         _ = (tokenizer.encode("a", add_special_tokens=False), tokenizer.pad_token_id)
         return tokenizer
@@ -113,6 +115,17 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
         raise FileError(
             f"{directory}: the tokenizer's files cannot be read: {type(error).__name__}: {reason}"
         ) from error
+
+
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")  # the same class, in transformers 4 and 5
+
+
+def _is_plain(directory: Path) -> bool:
+    """Whether a directory's tokenizer is what its tokenizer.json says, and of no class of its own."""
+    if not all((directory / name).is_file() for name in (TOKENIZER, TOKENIZER_CONFIG)):
+        return False
+    files = {TOKENIZER_CONFIG: read_bytes(directory / TOKENIZER_CONFIG, limit=MAX_BYTES)}
+    return json_object(files, TOKENIZER_CONFIG, directory).get("tokenizer_class") in PLAIN
 
 
 def tokenizer_files(tokenizer: "PreTrainedTokenizerFast") -> dict[str, bytes]:

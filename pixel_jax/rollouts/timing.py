@@ -30,7 +30,7 @@ def seconds_of_operations(
 
     All first calls are carried out together, then all second calls, and so on; compilation and transfers are not counted. It
     estimates the time of the same work in the rollout, where chunks may be less full. Reading features into caches is not part of
-    it.
+    it. A model without a vision tower is shown nothing, which takes no time.
 
     Args:
       model: whose vision tower is used.
@@ -38,6 +38,8 @@ def seconds_of_operations(
       trajectories: their rows, on the host.
       config: of the rollout.
     """
+    if model.config.vision is None:
+        return 0.0
     views = operations_again(model, prompts, trajectories.calls, config)
     jax.block_until_ready(next(views))
     began = time.monotonic()

@@ -7,6 +7,7 @@ import pytest
 
 import pixel_jax
 from pixel_jax.files import FileError
+from pixel_jax.models import side_files
 from pixel_jax.models.processor import Processor
 from tests.rollouts import scripted_model
 
@@ -201,3 +202,15 @@ def test_the_chat_template_is_the_one_that_transformers_takes(copy):
     values = json.loads((copy / "tokenizer_config.json").read_text()) | {"chat_template": "of a field"}
     (copy / "tokenizer_config.json").write_text(json.dumps(values))
     assert read(copy).tokenizer.chat_template == "of a field"
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_5", "llava", "llama"])
+def test_a_tokenizer_of_no_class_is_read_as_its_file_says(family, tmp_path):
+    """transformers' AutoTokenizer makes another one of it, because of the family."""
+    made = scripted_model.vocabulary().tokenizer
+    for name, content in side_files.tokenizer_files(made).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    found = side_files.load_tokenizer(tmp_path)
+    assert json.loads(found.backend_tokenizer.to_str()) == json.loads(made.backend_tokenizer.to_str())
+    assert found.chat_template == made.chat_template and found.eos_token == made.eos_token

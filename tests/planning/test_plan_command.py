@@ -81,10 +81,12 @@ def test_mistakes_are_said_before_anything_is_compiled(tmp_path):
 
 
 def test_rollouts_that_a_family_cannot_make_are_not_planned(tmp_path):
-    """Of LLaVA, whose images have one size: by name, before anything is compiled."""
+    """Of a LLaVA that reads CLIP's class token, too: by name, before anything is compiled."""
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "model").mkdir()
     values = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}
+    values["vision_feature_select_strategy"] = "full"
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))
     run = plan(tmp_path, "--topology=cpu:8")
-    assert run.returncode == 1 and "rollouts of the family 'llava' are not supported" in run.stderr
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    assert "family 'llava' reads the class token beside the patches" in run.stderr

@@ -17,6 +17,7 @@ from pixel_jax.rollouts import trajectory
 from pixel_jax.rollouts.loop import constrain_rows
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -208,4 +209,5 @@ def test_llama():
         rollout(model, prompts, KEY, scripted_model.CONFIG)
     t = trajectory.to_host(rollout(model, prompts, KEY, config))
     assert t.num_calls.max() > 0 and not (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
+    assert seconds_of_operations(model, prompts, t, config) == 0.0
     learn(model, scripted_model.with_pixels(t, prompts, config))
