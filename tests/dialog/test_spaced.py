@@ -100,8 +100,8 @@ def test_calls_are_read(kind):
 class Row:
     """What a session says of a row."""
 
-    def __init__(self, ids, chosen, stop=-1):
-        self.ids, self.chosen, self.stop = np.array(ids), np.array(chosen, bool), stop
+    def __init__(self, ids, by_model, stop=-1):
+        self.ids, self.by_model, self.stop = np.array(ids), np.array(by_model, bool), stop
         self.failed, self.regions = [False], np.full((1, 1, 5), -1)
 
 

@@ -205,14 +205,14 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
     lives = [(("rollout", 1), 0), (("score", 3), 2), (("old_logprobs", 2), 2), (("rollout", 2), 3)]
     for moment, saved in lives:
         calls.clear()
-        monkeypatch.setattr(NOTICE, "given", False)
+        monkeypatch.setattr(NOTICE, "requested", False)
         with pytest.raises(Preempted):
             run(model, tmp_path, score=watched("score", score), save_every=3)
         with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             assert checkpoints.latest == saved
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == saved
         assert calls["old_logprobs"] == (2 if moment == ("old_logprobs", 2) else 2 * (calls["rollout"] - 1))
-    monkeypatch.setattr(NOTICE, "given", False)
+    monkeypatch.setattr(NOTICE, "requested", False)
     assert_same_run(whole, run(model, tmp_path, save_every=3), tmp_path)
 
 

@@ -22,6 +22,7 @@ LABORATORY = (
     "people",
     "planning",
     "quickstart",
+    "recommendation",
     "requests",
     "vision_language",
 )

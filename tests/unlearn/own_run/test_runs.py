@@ -32,7 +32,7 @@ from pixel_jax.training.writers import read_metrics
 from unlearn_jax import apply, cg
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.newton import LimitKind
+from unlearn_jax.limits import LimitKind
 from unlearn_jax.objective import dataset_objective
 from unlearn_jax.own_run.config import RunEditConfig
 from unlearn_jax.own_run.edit import edit

@@ -189,8 +189,8 @@ def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path)
     )
     moved = {name: x + 0.1 for name, x in first.fresh.items()}
     first.save(first.config.directory / ADAPTER, moved)
-    second = AdapterRun.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
-    assert second.fresh.keys() == moved.keys() and second.config.trained()["start"] == str(tmp_path / "first/adapter")
+    second = AdapterRun.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first")))
+    assert second.fresh.keys() == moved.keys() and second.config.trained()["start"] == str(tmp_path / "first")
     for name, x in moved.items():
         np.testing.assert_array_equal(second.fresh[name], x)
 
