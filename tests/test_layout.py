@@ -47,7 +47,8 @@ GRAPH = {name: imports(name) for name in MODULES}
 
 
 def in_laboratory(name: str) -> bool:
-    return f"{name}.".startswith(tuple(f"{part}." for part in LABORATORY))
+    """Configs, which an installed package holds, belong to the commands that read them."""
+    return f"{name}.".startswith(tuple(f"{part}." for part in (*LABORATORY, "pixel_jax.configs")))
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:

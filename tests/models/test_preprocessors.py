@@ -16,6 +16,8 @@ from pixel_jax.files import FileError
 from pixel_jax.models.preprocessors import PixelLimits, Sampling, read_preprocessors
 from pixel_jax.models.processor import Processor, volume_size
 
+pytestmark = pytest.mark.torch  # the tiny models of `tiny_families` are made by transformers
+
 CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -108,7 +110,6 @@ def read(family, files, tmp_path):
     return read_preprocessors(encoded, tmp_path, vision_of(family), PixelLimits(56 * 56, 28 * 28 * 1280), None)
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("name", PUBLISHED)
 @settings(max_examples=12, deadline=None)
 @given(st.tuples(st.integers(20, 150), st.integers(20, 150)))
@@ -184,7 +185,6 @@ def test_videos(tmp_path):
     assert read_preprocessors(again, tmp_path, config.vision, PixelLimits(1, 2), None).video == (4096, 32768)
 
 
-@pytest.mark.torch
 @settings(max_examples=300, deadline=None)
 @given(st.integers(2, 40), st.integers(8, 400), st.integers(8, 400), st.sampled_from([28, 32]), st.integers(1, 60))
 def test_the_size_of_frames_together(frames, height, width, factor, cells):
@@ -195,7 +195,6 @@ def test_the_size_of_frames_together(frames, height, width, factor, cells):
     assert volume_size(frames, height, width, factor, limits) == expected
 
 
-@pytest.mark.torch
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 2000),

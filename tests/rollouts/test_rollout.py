@@ -1,6 +1,7 @@
 """The rollout as a whole: one program, the same tokens however it is run, and trajectories that say what happened."""
 
 import re
+import types
 
 import jax
 import numpy as np
@@ -363,4 +364,5 @@ def test_the_compiler_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(timing, "operations_again", again)
     rows = trajectory.Trajectories(*[None] * len(trajectory.Trajectories._fields))
-    assert timing.seconds_of_operations(None, None, rows, scripted_model.CONFIG) == 2.5 and passes == [0, 1, 2]
+    sees = types.SimpleNamespace(config=types.SimpleNamespace(vision=object()))
+    assert timing.seconds_of_operations(sees, None, rows, scripted_model.CONFIG) == 2.5 and passes == [0, 1, 2]
