@@ -84,14 +84,12 @@ def open_model(path: str | os.PathLike[str]) -> ModelFiles:
         FileNotFoundError: it is no model directory.
         FileError: a file is not what it should be.
     """
-    directory = Path(path)
-    if (directory / CONFIG).exists():
-        config, config_dtype = read_config(directory)
-        tensors = open_weights(directory, config.names)
-        return ModelFiles(config, tensors, Processor.from_directory(directory, config), config_dtype)
-    if (gguf := find_gguf(directory)) is not None:
+    directory, gguf = _located(path)
+    if gguf is not None:
         return ModelFiles(*read_gguf(gguf), None)
-    raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
+    config, config_dtype = read_config(directory)
+    tensors = open_weights(directory, config.names)
+    return ModelFiles(config, tensors, Processor.from_directory(directory, config), config_dtype)
 
 
 def read_network(path: str | os.PathLike[str]) -> ModelConfig:
@@ -101,11 +99,17 @@ def read_network(path: str | os.PathLike[str]) -> ModelConfig:
         FileNotFoundError: it is no model directory.
         FileError: a file is not what it should be.
     """
+    directory, gguf = _located(path)
+    return read_config(directory)[0] if gguf is None else read_gguf(gguf)[0]
+
+
+def _located(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
+    """Returns the path of a model, and its GGUF file if it has no `config.json`; FileNotFoundError if it has neither."""
     directory = Path(path)
     if (directory / CONFIG).exists():
-        return read_config(directory)[0]
+        return directory, None
     if (gguf := find_gguf(directory)) is not None:
-        return read_gguf(gguf)[0]
+        return directory, gguf
     raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
 
 

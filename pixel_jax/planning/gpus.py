@@ -1,5 +1,6 @@
 """GPUs that are not present: the descriptions from which XLA compiles for them, and nodes of them as JAX devices."""
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -78,14 +79,13 @@ def target_config(gpu: GPU) -> str:
     )
 
 
-def imagine(gpu: GPU, nodes: int, each: int) -> list:
+def devices_of(gpu: GPU, nodes: int, each: int) -> list:
     """Makes the devices of `nodes` nodes of `each` GPUs that are not present, node by node.
 
     Raises:
         ValueError: the CUDA plugin of JAX is missing or too old.
     """
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # otherwise the plugin needs a driver
-    from jax._src import xla_bridge
     from jax.experimental import topologies
 
     try:
@@ -94,14 +94,16 @@ def imagine(gpu: GPU, nodes: int, each: int) -> list:
         ).devices
     except Exception as error:  # of several types, depending on what is missing
         raise ValueError(
-            f"{gpu.kind} cannot be imagined; `pip install pixel_jax[plan-gpu]` brings what it takes ({error})"
+            f"nothing can be compiled for {gpu.kind} here: `pip install pixel_jax[plan-gpu]` installs the compiler ({error})"
         ) from error
-    # Lowering needs the platform's canonical name, which JAX only knows if a GPU's backend has started.
-    canonical = xla_bridge.canonicalize_platform
-    if canonical.__name__ != "canonical_or_cuda":
-
-        def canonical_or_cuda(platform: str) -> str:
-            return "cuda" if platform in ("cuda", "gpu") else canonical(platform)
-
-        xla_bridge.canonicalize_platform = canonical_or_cuda
+    _name_platform()
     return devices
+
+
+@functools.cache
+def _name_platform() -> None:
+    """Lets JAX lower for CUDA in a process without a GPU: otherwise its name is known only once a backend has started."""
+    from jax._src import xla_bridge
+
+    canonical = xla_bridge.canonicalize_platform
+    xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("cuda", "gpu") else canonical(name)

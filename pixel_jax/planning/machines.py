@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from pixel_jax.models.flops import PEAK_FLOPS
-from pixel_jax.planning.gpus import GPUS, MEMORY_FRACTION, imagine
+from pixel_jax.planning.gpus import GPUS, MEMORY_FRACTION, devices_of
 
 
 class Chip(NamedTuple):
@@ -95,17 +95,17 @@ def machine(name: str) -> Machine:
         *nodes, each = map(int, parsed[2].split("x"))
         if len(nodes) > 1 or not chips or each > NODE:
             raise ValueError(f"{name} is not NODESxGPUS with 1 to {NODE} GPUs a node, as {kind}:2x{NODE}")
-        devices = imagine(GPUS[kind], chips // each, each)
+        devices = devices_of(GPUS[kind], chips // each, each)
         return Machine(name, chip, chips, devices, PEAK_FLOPS[GPUS[kind].kind], node=each)
     dims = parsed[2].count("x") + 1
     if dims != chip.dims:
         raise ValueError(f"{name} has {dims} dimensions, a {kind} slice has {chip.dims}")
-    devices = _imagined(name)
+    devices = _tpu_devices(name)
     flops = PEAK_FLOPS[devices[0].device_kind]
     return Machine(name, chip, chips, devices, flops * (len(devices) / chips))
 
 
-def _imagined(name: str) -> list:
+def _tpu_devices(name: str) -> list:
     """Makes the devices of a TPU slice that is not present. Only one process at a time can use libtpu."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu looks for a metadata server
     from jax.experimental import topologies
@@ -114,7 +114,9 @@ def _imagined(name: str) -> list:
     try:
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     except Exception as error:  # of several types, depending on what is missing
-        raise ValueError(f"{name} cannot be imagined; `pip install libtpu` brings what it takes ({error})") from error
+        raise ValueError(
+            f"nothing can be compiled for {name} here: `pip install libtpu` installs the compiler ({error})"
+        ) from error
 
 
 def slices(kind: str) -> dict[int, str]:

@@ -255,7 +255,7 @@ def rl_batch(recipe: Recipe) -> Batch:
 
 
 def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
-    """The program of one step ("sft", "update", "score", "rollout") on a mesh, whose devices may be imagined.
+    """The program of one step ("sft", "update", "score", "rollout") on a mesh, whose devices need not exist.
 
     Raises:
         ValueError: there is no such step.
