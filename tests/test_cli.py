@@ -290,6 +290,7 @@ def test_chat(model, picture, tmp_path):
     assert str(page) in out
 
 
+@pytest.mark.slow
 def test_chat_with_an_adapter(model, picture, tmp_path):
     """One that takes the head's word for the end away says something else."""
     base, _ = from_pretrained(model)

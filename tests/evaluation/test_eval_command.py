@@ -83,6 +83,7 @@ def test_an_evaluation(place, capsys):
     assert code == 1 and "was begun with seed = 0, now it is 1" in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_an_adapter_is_part_of_what_an_evaluation_is(place, tmp_path):
     base, _ = from_pretrained(place / "model")
     adapter = add_lora(base, jax.random.key(0), rank=1, alpha=1.0, targets=r"model.*q_proj")

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests.training.tiny_model import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,6 +46,7 @@ def test_a_plan_of_updates_and_scores(tmp_path):
             assert f" {plan_of_step[name] / unit:.4g} " in row
 
 
+@pytest.mark.slow
 def test_the_meshes_of_the_config_and_the_room_of_its_videos(tmp_path):
     config = CONFIG.replace(
         "**shapes}", '**shapes, "mesh": {"data": 2, "fsdp": -1}, "rollout_mesh": {"data": -1, "tensor": 2}}'

@@ -56,6 +56,7 @@ def asked(config, queries=QUERIES):
     return build_prompts(queries, llava.vocabulary(), token_tables(), config)
 
 
+@pytest.mark.slow
 def test_rolls_out_and_learns(model, config):
     prompts = asked(config)
     t = to_host(rollout(model, prompts, KEY, config))

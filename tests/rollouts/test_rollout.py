@@ -26,6 +26,11 @@ KEY = jax.random.key(7)
 FORBIDDEN = re.compile(r"callback|infeed|outfeed|\bsend\b|\brecv\b|host_compute|custom-call.*(python|Callback)", re.I)
 
 
+def slow(*values):
+    """Further values of a test that one value of it in the fast suite stands for."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def replace(config, **fields):
     import dataclasses
 
@@ -134,7 +139,7 @@ def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
     np.testing.assert_allclose(np.asarray(a.logprobs)[rows_a], np.asarray(b.logprobs)[rows_b], atol=2e-5)
 
 
-@pytest.mark.parametrize("in_flight, tail_rows", [(1, None), (3, None), (None, 3), (3, 5)])
+@pytest.mark.parametrize("in_flight, tail_rows", [slow(1, None), slow(3, None), slow(None, 3), (3, 5)])
 def test_how_rows_are_scheduled_does_not_matter(mixed, in_flight, tail_rows):
     """Prompts in a queue, of slots that are given away while others of their group still write; the last rows of a phase that
     end their turns by themselves: the rows stay the same."""
@@ -151,7 +156,7 @@ def test_a_row_does_not_depend_on_its_neighbours(trajectories):
     same_tokens(alone, trajectories, slice(4, 8), slice(0, 4))
 
 
-@pytest.mark.parametrize("tail_rows", [None, 2])
+@pytest.mark.parametrize("tail_rows", [None, slow(2)])
 def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
     """Four shards of rows with different numbers of turns, each with a queue; weights split over fsdp and tensor."""
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -185,6 +190,7 @@ def test_a_tail_of_rows_keeps_the_kind_of_its_keys():
     )
 
 
+@pytest.mark.slow
 def test_keys_and_values_stay_with_their_heads():
     """Split over `tensor`, no device is sent a cache that it would then hold whole."""
     config = scripted_model.model().config

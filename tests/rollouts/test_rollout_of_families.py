@@ -132,6 +132,7 @@ PIXELS = {
 }
 
 
+@pytest.mark.slow
 def test_qwen3_vl():
     model = visible(scripted_model.network(scripted_model.vocabulary(), make_config=qwen3_vl))
     config = dataclasses.replace(scripted_model.CONFIG, **PIXELS)

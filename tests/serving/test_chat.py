@@ -111,6 +111,7 @@ never asked
     assert [len(x.pictures) for x in talker.transcripts] == [1, 1, 0] and len(talker.messages) == 2
 
 
+@pytest.mark.slow
 def test_a_video(speaker, tmp_path, capsys):
     stream = io.StringIO()
     talker = Chat(speaker, host=None, seed=0, screen=Screen(stream))

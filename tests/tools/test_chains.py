@@ -169,6 +169,7 @@ def test_on_eight_devices(made, pixels):
     same(scripted_model.with_pixels(found, four, CONFIG, mesh).visual.patches, pixels.visual.patches)
 
 
+@pytest.mark.slow
 def test_where_no_call_is_left_nothing_is_drawn(made):
     """As an evaluation without operations asks: whoever calls is at the end of its row, and has seen its prompt alone."""
     model, _, prompts, _ = made

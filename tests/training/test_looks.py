@@ -155,6 +155,7 @@ def check_drawn(kept, queries, prompts, config):
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
 
+@pytest.mark.slow
 def test_drawn_rollouts_show_the_pixels_that_their_rows_saw(kept):
     check_drawn(*kept, scripted_model.CONFIG)
 

@@ -158,6 +158,7 @@ def test_a_replay_of_everything_is_the_run(early, run, model):
     assert equal(again.adapter, adapter_of(run, model))
 
 
+@pytest.mark.slow
 def test_a_replay_without_an_example_is_a_run_in_which_it_carries_no_loss(task, model, data, tmp_path):
     """The other run reads data in which the turns of that example are marked as not to be learned."""
     number = task.record.order[1][0].traces[0]  # first seen by the second step

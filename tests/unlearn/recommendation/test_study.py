@@ -117,7 +117,9 @@ def test_a_retrain_is_the_training_without_the_rows(run):
         np.testing.assert_array_equal(x, again[name])
 
 
-@pytest.mark.parametrize("kind", ["query_removal", "query_replacement", "response"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("query_removal", "query_replacement")), "response"]
+)
 def test_corrected_rows_are_asked_and_answered_as_they_should_be(tmp_path, kind):
     config = make_config(tmp_path, form="llara", edits=(kind,), methods=("corrupted", "retrain, cold", "erase"))
     study = make_study(config)
