@@ -11,8 +11,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from pixel_jax.bench import check_memory
 from pixel_jax.bench import check_model as checking
-from pixel_jax.bench.check_model import Checklist, check_model
+from pixel_jax.bench.check_model import check_model
+from pixel_jax.bench.checklist import Checklist
 from pixel_jax.config import load
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.io import save_pretrained
@@ -165,10 +167,10 @@ def test_what_does_not_fit_the_memory(model, tmp_path, untried, monkeypatch):
     _, lines = checked(config_of(model, lora=dict(ADAPTERS)), tmp_path, data=False)
     adapted = json.loads((tmp_path / "check.json").read_text())
     assert adapted["model"]["weights"]["adapter"] > 0
-    monkeypatch.setattr(checking, "device_memory", lambda: 2 * weights)
+    monkeypatch.setattr(check_memory, "device_memory", lambda: 2 * weights)
     wrong, lines = checked(config_of(model, data), tmp_path)
     assert "memory" in wrong and "train adapters (config.lora; " in lines["memory"][-1][2]
-    monkeypatch.setattr(checking, "device_memory", lambda: weights // 2)
+    monkeypatch.setattr(check_memory, "device_memory", lambda: weights // 2)
     wrong, lines = checked(config_of(model, data), tmp_path)
     assert len(lines["memory"]) == 1 and "take a smaller model" in lines["memory"][0][2]
 

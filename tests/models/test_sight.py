@@ -7,7 +7,8 @@ from tiny_families import END, IMAGE, START, VIDEO, pair
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pixel_jax.bench.check_model import PICTURE, Checklist, Rows, look
+from pixel_jax.bench.check_trial import PICTURE, look
+from pixel_jax.bench.checklist import Checklist, Rows
 from pixel_jax.bench.sight import measure_sight
 from pixel_jax.data.example import Example
 from pixel_jax.models.checkpoint import named_weights
