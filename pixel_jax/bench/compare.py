@@ -136,7 +136,7 @@ def machines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         a, b = old[name], new[name]
         if abs(a - b) > MACHINE * max(a, b):
             said.append(
-                f"the machine's speed differs: {name} {a / 1e9:.3g} and {b / 1e9:.3g} {unit}; seconds follow it, times ours hardly"
+                f"the machine's speed differs: {name} {a / 1e9:.3g} and {b / 1e9:.3g} {unit}; seconds follow, times ours hardly"
             )
     return said
 

@@ -3,8 +3,8 @@
     python -m pixel_jax.bench.memory MODULE CASE ALTERNATIVE [--quick]
 
 MODULE has a tuple `CASES`. On a CPU it is the highest resident memory of the process (VmHWM) during the second run, for which the
-kernel resets its record (/proc/self/clear_refs): the first run's compilation is not in it. What the process had with all libraries
-imported, before the case made weights and inputs, is subtracted. Weights that only other alternatives use are freed. On other
+kernel resets its record (/proc/self/clear_refs): the first run's compilation is not in it. What the process had with all
+libraries imported, before the case made weights and inputs, is subtracted. Weights that only other alternatives use are freed. On other
 devices it is the device's own record.
 """
 
@@ -45,9 +45,9 @@ def taken() -> int:
 
 
 def highest(run: Callable[[], object], before: int) -> int | None:
-    """The peak bytes of memory during a second `run()`, minus `before`; None where neither the kernel nor the device records them.
+    """The peak bytes of memory during a second `run()`, minus `before`.
 
-    It is 0 where the work is too small to be seen.
+    It is 0 where the work is too small to be seen, None where neither the kernel nor the device records it.
     """
     import jax
 

@@ -88,7 +88,7 @@ def test_what_cannot_be_compared_is_said():
     ]
     assert compare.machines(before, after) == [
         "the machines differ: cores 2 and 4",
-        "the machine's speed differs: read 1 and 2 GB/s; seconds follow it, times ours hardly",
+        "the machine's speed differs: read 1 and 2 GB/s; seconds follow, times ours hardly",
     ]
 
 
