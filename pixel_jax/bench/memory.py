@@ -4,8 +4,8 @@
 
 MODULE has a tuple `CASES`. On a CPU it is the highest resident memory of the process (VmHWM) during the second run, for which the
 kernel resets its record (/proc/self/clear_refs): the first run's compilation is not in it. What the process had with all
-libraries imported, before the case made weights and inputs, is subtracted. Weights that only other alternatives use are freed. On other
-devices it is the device's own record.
+libraries imported, before the case made weights and inputs, is subtracted. Weights that only other alternatives use are freed.
+On other devices it is the device's own record.
 """
 
 import ctypes

@@ -19,6 +19,7 @@ from pixel_jax.parallel.sharding import row_shards, undivided
 from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import Machine
 from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, resident
+from pixel_jax.rollouts.layers import row_cache_bytes
 
 TENSOR = (1, 2, 4, 8)
 
@@ -136,7 +137,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     shards = mesh["data"] * mesh["fsdp"]
     if step == "rollout":
         config = recipe.config.learning.rollout
-        cached = text.cache_bytes(config.max_response, 2) * slots(recipe, shards) / shards / mesh["tensor"]
+        cached = row_cache_bytes(text, config, 2) * slots(recipe, shards) / shards / mesh["tensor"]
         if stored + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
