@@ -107,7 +107,7 @@ def test_a_row_takes_half_the_memory_of_bfloat16():
     cache = jax.eval_shape(lambda model: model.empty_cache(1, small.max_response).quantised(), model)
     counted = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
     assert counted == row_cache_bytes(text, small, 2)
-    wide = dataclasses.replace(text, head_dim=128)
+    wide = dataclasses.replace(text, hidden_size=512, mrope_section=(16, 24, 24))  # heads of 128
     assert row_cache_bytes(wide, small, 2) < 0.52 * row_cache_bytes(wide, dataclasses.replace(small, caches=None), 2)
 
 
