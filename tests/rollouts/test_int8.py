@@ -66,7 +66,8 @@ def test_attention_is_that_of_the_rounded_cache(keys):
     used = keys - 2
     mask = Mask(jnp.full((2, 3), used - 1), jnp.broadcast_to(jnp.arange(keys), (2, keys)))
     found = cached_attention(q, quantised(k), quantised(v), mask, jnp.int32(used))
-    expected = cached_attention(q, jnp.float32(by_hand(k)), jnp.float32(by_hand(v)), mask, jnp.int32(used))
+    wide = (jnp.float32(widened(quantised(x))) for x in (k, v))
+    expected = cached_attention(q, *wide, mask, jnp.int32(used))
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
