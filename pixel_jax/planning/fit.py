@@ -85,8 +85,9 @@ def enlarge(
             made[step, size] = beside(compiled, resident_bytes(recipe, step, machine, meshes), machine)
             report(made[step, size])
         found = made[step, size].plan
-        size_known = found.bytes_per_chip is not None and (found.fits or found.bytes_per_chip > machine.chip.memory)
-        return found.bytes_per_chip if size_known else math.inf  # a message may name a part of what was needed
+        if found.bytes_per_chip is None or (not found.fits and found.bytes_per_chip <= machine.chip.memory):
+            return math.inf  # the compiler names nothing, or a part of what it needed
+        return found.bytes_per_chip
 
     for step in run:
         sizes = recipe.sizes(step, row_shards(make_mesh(meshes[step], machine.devices)))
