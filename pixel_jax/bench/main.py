@@ -2,6 +2,8 @@
 
 Every case first checks that all alternatives give the same output, then runs them in turns. If torch or transformers are not
 installed, their alternatives are left out.
+
+`pixel-jax bench compare A.json B.json` says what changed between two records by more than noise.
 """
 
 from absl import flags
@@ -18,7 +20,11 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Runs the cases."""
+    """Runs the cases, or compares two records."""
+    if arguments[:1] == ["compare"]:
+        from pixel_jax.bench import compare
+
+        return compare.main(arguments[1:])
     import jax
 
     from pixel_jax.bench.machine import count_cores

@@ -2,9 +2,10 @@
 
     python -m pixel_jax.bench.memory MODULE CASE ALTERNATIVE [--quick]
 
-MODULE has a tuple `CASES`. On a CPU it is the kernel's record of the process's resident memory, reset after the first run
-(which excludes the compiler's memory), minus the memory that the process had before inputs were made. On other devices it is
-the device's own record.
+MODULE has a tuple `CASES`. On a CPU it is the highest resident memory of the process (VmHWM) during the second run, for which the
+kernel resets its record (/proc/self/clear_refs): the first run's compilation is not in it. What the process had with all
+libraries imported, before the case made weights and inputs, is subtracted. Weights that only other alternatives use are freed.
+On other devices it is the device's own record.
 """
 
 import ctypes
@@ -34,14 +35,20 @@ def peak_memory(module: str, case: str, alternative: str, quick: bool) -> int | 
 
 
 def taken() -> int:
-    """The bytes of memory that this process has now, where the kernel records them (on a CPU); else 0."""
+    """The bytes of memory that this process has in use, where the kernel records them (on a CPU); else 0."""
     import jax
 
-    return _resident("VmRSS") if jax.default_backend() == "cpu" and CLEAR.exists() else 0
+    if jax.default_backend() != "cpu" or not CLEAR.exists():
+        return 0
+    _return_free_memory()
+    return _resident("VmRSS")
 
 
 def highest(run: Callable[[], object], before: int) -> int | None:
-    """The peak bytes of memory during `run()`, minus `before`; None where neither the kernel nor the device records them."""
+    """The peak bytes of memory during a second `run()`, minus `before`.
+
+    It is 0 where the work is too small to be seen, None where neither the kernel nor the device records it.
+    """
     import jax
 
     from pixel_jax.bench.timing import finished
@@ -50,13 +57,18 @@ def highest(run: Callable[[], object], before: int) -> int | None:
     if on_cpu and not CLEAR.exists():
         return None
     finished(run())
-    gc.collect()
     if not on_cpu:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    ctypes.CDLL(None).malloc_trim(0)
+    _return_free_memory()
     CLEAR.write_text("5")  # resets the peak (proc(5))
     finished(run())
-    return _resident("VmHWM") - before
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _return_free_memory() -> None:
+    """Gives what is not in use back to the kernel, which otherwise still counts it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident(what: str) -> int:
@@ -75,10 +87,18 @@ def array_bytes(*trees) -> int:
 
 def main(module: str, case: str, alternative: str, quick: bool) -> None:
     """Prints the peak memory of an alternative."""
+    import jax
+
     build = {case.name: case.build for case in importlib.import_module(module).CASES}[case]
-    prepare = build(quick).alternatives[alternative]
+    network = sys.modules.get("pixel_jax.bench.network")  # of the cases about a model
+    if network and network.HAS_TORCH:
+        importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
     before = taken()
-    peak = highest(prepare(), before)
+    run = build(quick).alternatives[alternative]()
+    if network:
+        network.forget()
+    jax.clear_caches()  # programs with which the case was made
+    peak = highest(run, before)
     print("unknown" if peak is None else peak)
 
 

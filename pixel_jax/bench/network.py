@@ -119,6 +119,12 @@ def rollout_config(quick: bool) -> RolloutConfig:
     )
 
 
+def forget() -> None:
+    """Frees the models that nothing uses any more: the functions that make them keep them for the next case."""
+    random_model.cache_clear()
+    zooming_model.cache_clear()
+
+
 def images(count: int, height: int, width: int) -> np.ndarray:
     """Draws random images, uint8 [count, height, width, 3]."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)

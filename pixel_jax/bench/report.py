@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import pathlib
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from pixel_jax.bench.timing import Timing, Workload, measure
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
 from pixel_jax.terminal import print_table, say, table
+
+SILENCE = 5.0  # seconds
 
 
 def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.Path) -> dict[str, Any]:
@@ -37,12 +40,15 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     say(describe(machine))
     record: dict[str, Any] = read_json(out) if only and out.exists() else {"cases": {}}
     record |= {"machine": dataclasses.asdict(machine), "quick": quick}
+    began = time.monotonic()
     for number, name in enumerate(only or cases, 1):
-        say(f"case {number} of {len(only or cases)}: {name}")
+        say(f"case {number} of {len(only or cases)}, after {time.monotonic() - began:.0f} s: {name}")
+        note = Seldom()
         work = cases[name].build(quick)
-        timings = measure(work, least=2, most=2) if quick else measure(work)
+        timings = measure(work, least=2, most=2, note=note) if quick else measure(work, note=note)
         ours = () if quick else tuple(timings)[:1]
         for alternative in ours if work.memory is None else work.memory:
+            note(f"memory, in a process of its own: {alternative}")
             peak = peak_memory(module, name, alternative, quick)
             timings[alternative] = dataclasses.replace(timings[alternative], peak_bytes=peak)
         record["cases"][name] = entry = case_record(work, timings, machine)
@@ -52,6 +58,19 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     return record
 
 
+class Seldom:
+    """Says a line about how far a case is, unless less than `SILENCE` seconds have passed since the last one."""
+
+    def __init__(self):
+        self.last = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        """Says it."""
+        if time.monotonic() - self.last >= SILENCE:
+            say(f"  {line}")
+            self.last = time.monotonic()
+
+
 def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpeed) -> dict[str, Any]:
     """The record of a case: plain numbers and strings."""
     ours = next(iter(timings))
@@ -59,7 +78,7 @@ def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpee
     aims = []
     for aim in work.aims:
         if aim.memory:
-            # For small work the growth of the process's memory is noise of either sign.
+            # Small work is not seen in the process's memory.
             theirs, mine = (timings[name].peak_bytes or 0 for name in (aim.against, ours))
             reached = theirs / mine if min(theirs, mine) > 0 else None
         else:

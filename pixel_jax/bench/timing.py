@@ -20,6 +20,7 @@ import jax
 from pixel_jax.training.progress import COMPILED
 
 Run = Callable[[], Any]
+Note = Callable[[str], object]  # takes a line about how far the measurement is
 
 PAUSE = 0.05  # seconds between two alternatives: threads spin for a while after their work
 # Seconds. An alternative that takes less runs twice in its turn, and the second run counts: the first one finds caches and
@@ -104,7 +105,9 @@ def finished(output: Any) -> Any:
     return jax.block_until_ready(output)
 
 
-def take_turns(runs: Mapping[str, Run], *, least: int, most: int, seconds: float) -> dict[str, list[float]]:
+def take_turns(
+    runs: Mapping[str, Run], *, least: int, most: int, seconds: float, note: Note = lambda line: None
+) -> dict[str, list[float]]:
     """The seconds of every alternative in every round.
 
     There are at least `least` and at most `most` rounds, and no further one after `seconds`. Every second round runs in reverse
@@ -116,6 +119,7 @@ def take_turns(runs: Mapping[str, Run], *, least: int, most: int, seconds: float
         if turn >= least and time.perf_counter() - began > seconds:
             break
         for name in names if turn % 2 == 0 else reversed(names):
+            note(f"round {turn + 1} (of at least {least}, then until {seconds:.0f} s have passed): {name}")
             time.sleep(PAUSE)
             taken = _seconds(runs[name])
             times[name].append(_seconds(runs[name]) if taken < WARM else taken)
@@ -156,15 +160,23 @@ def _keep_threads_on(cores: set[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def measure(work: Workload, *, least: int | None = None, most: int = 30, seconds: float = 20.0) -> dict[str, Timing]:
-    """The timing of every alternative of `work`, after their outputs were compared."""
+def measure(
+    work: Workload,
+    *,
+    least: int | None = None,
+    most: int = 30,
+    seconds: float = 20.0,
+    note: Note = lambda line: None,
+) -> dict[str, Timing]:
+    """The timing of every alternative of `work`, after their outputs were compared. `note` is told how far it is."""
     with limited_to(work.cores):
-        return _measure(work, least or work.rounds, most, seconds)
+        return _measure(work, least or work.rounds, most, seconds, note)
 
 
-def _measure(work: Workload, least: int, most: int, seconds: float) -> dict[str, Timing]:
+def _measure(work: Workload, least: int, most: int, seconds: float, note: Note) -> dict[str, Timing]:
     runs, outputs, compiled, first = {}, {}, {}, {}
-    for name, prepare in work.alternatives.items():
+    for number, (name, prepare) in enumerate(work.alternatives.items(), 1):
+        note(f"first call, {number} of {len(work.alternatives)}: {name}")
         run = prepare()
         with CompileLog() as log:
             start = time.perf_counter()
@@ -183,7 +195,7 @@ def _measure(work: Workload, least: int, most: int, seconds: float) -> dict[str,
         return output
 
     turns = {name: functools.partial(watched, name) for name in runs}
-    times = take_turns(turns, least=least, most=most, seconds=seconds)
+    times = take_turns(turns, least=least, most=most, seconds=seconds, note=note)
     ours = times[next(iter(times))]
     timings = {}
     for name, taken in times.items():

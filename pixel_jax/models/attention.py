@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.models import cpu_forms, kernels
+from pixel_jax.models.int8 import Int8
 from pixel_jax.parallel.sharding import sequence_shards
 
 IMPLEMENTATIONS = ("dense", "chunked", "kernel")
@@ -153,7 +154,7 @@ def _finite(x: jax.Array) -> jax.Array:
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, used: jax.Array | None = None
+    q: jax.Array, k: jax.Array | Int8, v: jax.Array | Int8, mask: Mask, used: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
 
@@ -168,16 +169,21 @@ def cached_attention(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
 
+    def factors(x):
+        """The numbers to multiply, and what scales their products with each key."""
+        return (x.values.astype(q.dtype), x.scale[:, :, None, None]) if isinstance(x, Int8) else (x, 1)
+
     def add(k, v, mask: Mask, before=None):
         """The maximum of the scores, the sum of their exponentials, and of the values weighed by these."""
-        s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        (k, k_scale), (v, v_scale) = factors(k), factors(v)
+        s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5 * k_scale
         s = jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
         top = jnp.max(s, axis=-1, keepdims=True)
         top = top if before is None else jnp.maximum(top, before[0])
         shift = _finite(top)
         p = jnp.exp(s - shift)
         total = p.sum(axis=-1, keepdims=True)
-        out = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+        out = jnp.einsum("bkgts,bksd->bkgtd", (p * v_scale).astype(v.dtype), v, preferred_element_type=wide)
         if before is None:
             return top, total, out
         fade = jnp.exp(before[0] - shift)
@@ -191,7 +197,8 @@ def cached_attention(
         of_tile = mask._replace(k_order=order)
         if mask.k_segment is not None:
             of_tile = of_tile._replace(k_segment=cut(mask.k_segment, 1))
-        return add(cut(k, 2), cut(v, 2), of_tile, before)
+        k_tile, v_tile = jax.tree.map(lambda x: cut(x, 2), (k, v))
+        return add(k_tile, v_tile, of_tile, before)
 
     if used is None or capacity <= tile:
         top, total, out = add(k, v, mask)

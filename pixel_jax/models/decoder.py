@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from pixel_jax.models import cpu_forms
+from pixel_jax.models import cpu_forms, int8
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
 from pixel_jax.models.delta_rule import RecurrentState
@@ -37,7 +37,7 @@ class KVCache(NamedTuple):
     """The cache of the tokens read so far: keys and values of layers with attention, and states of recurrent layers.
 
     k, v: one array per layer with attention, [B, kv_heads, L, head_dim]. They are not stacked, because a stacked cache that a
-          loop carries is copied at every layer.
+          loop carries is copied at every layer. Of eight bits they are `int8.Int8`, with a scale for each head and token.
     length: int32 [B], tokens written in each row; further ones go to slots length, length + 1, ...
     recurrent: one state per recurrent layer, of the row's tokens and of the prefix that it continues
     """
@@ -53,6 +53,20 @@ class KVCache(NamedTuple):
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.attention_layers))
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+    def quantised(self) -> "KVCache":
+        """Returns an empty cache of the same size with keys and values of eight bits."""
+        return self._replace(k=tuple(map(int8.empty, self.k)), v=tuple(map(int8.empty, self.v)))
+
+
+Cached = jax.Array | int8.Int8  # keys or values of a layer
+
+
+def written(cache: Cached, write: jax.Array, new: jax.Array) -> Cached:
+    """Puts keys or values `new` [B, T, kv_heads, head_dim] into the slots `write` (int32 [B, T]) of a cache."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    put = lambda old, new: old.at[rows, :, write].set(new.astype(old.dtype), mode="drop")
+    return jax.tree.map(put, cache, int8.quantised(new) if isinstance(cache, int8.Int8) else new)
 
 
 class Prefix(NamedTuple):
@@ -156,9 +170,7 @@ class Attention(nnx.Module):
             What is added to x, cache_k and cache_v.
         """
         q, k, v, gate = self.qkv(x, cos, sin)
-        rows = jnp.arange(x.shape[0])[:, None]
-        cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
-        cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
+        cache_k, cache_v = written(cache_k, write, k), written(cache_v, write, v)
         own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
         if prefix is not None and prefix_mask is not None:
             # The rows of a group become further queries of one row, so that the keys of its prefix are not repeated.

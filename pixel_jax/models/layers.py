@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixel_jax.models import cpu_forms
+from pixel_jax.models import cpu_forms, int8
 from pixel_jax.parallel.sharding import is_variable
 
 M = TypeVar("M", bound=nnx.Module)
@@ -57,13 +57,17 @@ class Linear(nnx.Module):
     def __init__(self, key: jax.Array, in_dim: int, out_dim: int, axes: tuple, *, bias: bool, dtype):
         self.weight = normal(key, (out_dim, in_dim), axes, dtype)
         self.bias = nnx.data(Weight(jnp.zeros((out_dim,), dtype), axes=axes[:1]) if bias else None)
+        self.scale: Weight | None = nnx.data(None)  # of a weight of eight bits (`int8`), float32 [out]
         self.lora_a: LoRAWeight | None = nnx.data(None)  # LoRAWeight [rank, in]
         self.lora_b: LoRAWeight | None = nnx.data(None)  # LoRAWeight [out, rank]
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         """[..., in] -> [..., out]; dtype: of the result, that of x if None."""
-        y = cpu_forms.product(x, self.weight[...], dtype)
+        if self.scale is None:
+            y = cpu_forms.product(x, self.weight[...], dtype)
+        else:
+            y = int8.product(x, int8.Int8(self.weight[...], self.scale[...]), dtype)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:

@@ -15,7 +15,7 @@ from absl import flags
 
 from pixel_jax.config import define_flag
 from pixel_jax.state_files import write_json
-from pixel_jax.terminal import print_table
+from pixel_jax.terminal import print_table, say
 
 if TYPE_CHECKING:
     from pixel_jax.planning.programs import Recipe
@@ -40,6 +40,11 @@ def define_flags(command: str) -> None:
     flags.DEFINE_string("json", None, "File for the plans.")
     flags.DEFINE_integer("fitting", 1, "Shardings that fit to compile for each step; the fastest is the plan.")
     flags.DEFINE_integer("most", 4, "Most shardings to compile for each step.")
+    flags.DEFINE_bool(
+        "fit",
+        False,
+        "Also choose prompts in flight and micro-batches: the largest that fit (mostly two more compilations for each step).",
+    )
     flags.DEFINE_bool("configured", False, "Plan the config's own meshes and micro-batches, and look for no others.")
     flags.DEFINE_bool(
         "video", False, "Plan the shapes of videos (config.video_buffer, ...) instead of those of images."
@@ -54,7 +59,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
 
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
-    from pixel_jax.planning import report
+    from pixel_jax.planning import fit, report
     from pixel_jax.planning.machines import machine, slices
     from pixel_jax.planning.programs import RUN
     from pixel_jax.planning.search import Compiled, search
@@ -106,11 +111,20 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
         plans.append(compiled)
         keep()
 
+    least = dataclasses.replace(recipe, together=1) if FLAGS.fit else recipe
     for target in machines:
         best[target.name] = {}
         for steps in [[step] for step in wanted if step not in RUN] + [learning] * bool(learning):
-            best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, report=note)
+            found = search(least, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, report=note)
+            if found and FLAGS.fit:
+                found = fit.enlarge(least, found, target, report=note)
+            best[target.name] |= found
             keep()
+            if not found:
+                made = [compiled for compiled in plans if compiled.plan.topology == target.name]
+                say(fit.shortfall(made, target, steps, fitted=FLAGS.fit))
+            elif text := fit.lines(found):
+                say("\n".join([f"For the config, to run as planned on {target.name}:", *text]))
     if plans:
         print_table(report.table(plans, best))
     if FLAGS.scaling:

@@ -19,7 +19,7 @@ from pixel_jax.models.lora import add_lora
 from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.peft import shape_adapter
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
-from pixel_jax.parallel.sharding import ROWS, shardings
+from pixel_jax.parallel.sharding import ROWS, row_shards, shardings
 from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
@@ -48,6 +48,9 @@ class Recipe:
     tables: Tables  # of the tokenizer
     dtype: str = "bfloat16"  # of the checkpoint's weights
     configured: bool = False  # whether meshes and micro-batches are the config's, and not chosen by the plan
+    # What a shard takes at a time, chosen by the plan: prompts of a rollout, rows of another step's micro-batch. None: the
+    # config's prompts in flight, and the config's micro-batches if `configured`, otherwise one row.
+    together: int | None = None
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -65,7 +68,7 @@ class Recipe:
         return self.config.learning.rows if step == "rollout" else self.config.learning.train_batch
 
     def micro_batches(self, step: str, mesh: Mesh) -> int:
-        """The number of micro-batches of a step: the config's where `configured`, else one row per shard of the mesh.
+        """The number of micro-batches of a step: of `together` rows per shard of the mesh; without it, the config's or of one.
 
         Rows are long, and the memory of a step grows with the rows of a micro-batch.
 
@@ -73,12 +76,38 @@ class Recipe:
             ValueError: the rows cannot be divided among the shards.
         """
         phase = self.config.learning if step in RUN else self.config.tuning
-        if self.configured and phase.forward.micro_batches is not None:
+        if self.together is None and self.configured and phase.forward.micro_batches is not None:
             return phase.forward.micro_batches
-        rows, shards = self.rows(step), mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-        if rows % shards:
-            raise ValueError(f"{rows} rows cannot be split over data x fsdp = {shards}")
-        return rows // shards
+        rows, each = self.rows(step), row_shards(mesh) * (self.together or 1)
+        if rows % each:
+            raise ValueError(f"{rows} rows cannot be split over data x fsdp = {row_shards(mesh)}")
+        return rows // each
+
+    def in_flight(self, shards: int) -> int:
+        """The number of prompts whose rows a rollout decodes at the same time, on so many shards."""
+        phase = self.config.learning
+        wanted = phase.rollout.in_flight if self.together is None else self.together * shards
+        return min(wanted or phase.prompts, phase.prompts)
+
+    def flying(self, shards: int) -> "Recipe":
+        """The recipe of a rollout on so many shards, with its prompts in flight in the config."""
+        if self.together is None:
+            return self
+        rl = self.config.learning
+        rl = dataclasses.replace(rl, rollout=dataclasses.replace(rl.rollout, in_flight=self.in_flight(shards)))
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, rl=rl), together=None)
+
+    def sizes(self, step: str, shards: int) -> list[int]:
+        """What `together` may be on so many shards, ascending.
+
+        Rows of a shard are divided evenly. Prompts in flight are refilled from a queue: of the numbers that need as many rounds,
+        the least is there, which needs the least memory.
+        """
+        if step == "rollout":
+            prompts = self.config.learning.prompts // shards
+            return sorted({-(-prompts // rounds) for rounds in range(1, prompts + 1)})
+        rows = self.rows(step) // shards
+        return [size for size in range(1, rows + 1) if rows % size == 0]
 
     def length(self, step: str) -> int:
         """The number of tokens in a row."""
@@ -234,8 +263,7 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
     assistant_prefix, temperature, config = traced_settings(recipe.config.learning.rollout, ())
     traced_arguments = replicated(jax.eval_shape(lambda: (jax.random.key(0), assistant_prefix, temperature)), mesh)
-    shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-    options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
+    options = {"shape": rollout_shape(recipe, row_shards(mesh)), "mesh": mesh}
     return (model, prompts, *traced_arguments, config), options
 
 
@@ -262,6 +290,7 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
     """
     turns = vision_turns(recipe.network)
     if step == "rollout":
+        recipe = recipe.flying(row_shards(mesh))
         arguments, options = rollout_arguments(recipe, mesh)
         return Program(compiled_rollout, arguments, options, turns | rollout_turns(recipe, mesh), mesh)
     micro_batches = recipe.micro_batches(step, mesh)
@@ -335,7 +364,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     The automaton reads a token byte by byte; "tiles", "strips" and "columns" are loops of crops on a CPU.
     """
     config: RolloutConfig = recipe.config.learning.rollout
-    shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+    shards = row_shards(mesh)
     shape = rollout_shape(recipe, shards)
     side = max(recipe.image_buffer[1:])
     shown = max(max(budget.buffer) for budget in budgets(config, shape))
@@ -344,7 +373,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     turns = config.max_calls + 1
     written = max(config.max_response - config.max_calls * width, 0)  # tokens that the policy can write
     prompts = recipe.config.learning.prompts
-    in_flight = min(config.in_flight or prompts, prompts) // shards
+    in_flight = recipe.in_flight(shards) // shards
     waves = -(-prompts // shards // in_flight)
     chunks = -(-in_flight * config.group_size // config.observe_chunk)
     return {

@@ -43,10 +43,12 @@ def document(plans: Sequence[Compiled], best: Best, points: Sequence[Point] = ()
 
 def mesh(plan: Plan) -> str:
     """Describes the sharding of a plan, as in `fsdp 64 x tensor 4, 4 micro-batches`."""
-    axes = {axis: size for axis, size in plan.sharding.items() if axis != "micro_batches"}
-    words = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1) or "one device"
-    parts = plan.sharding.get("micro_batches", 1)
-    return words + (f", {parts} micro-batches" if parts > 1 else "")
+    words = [" x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"]
+    if (parts := plan.sharding.get("micro_batches", 1)) > 1:
+        words.append(f"{parts} micro-batches")
+    if (prompts := plan.sharding.get("in_flight")) is not None:
+        words.append(f"{prompts} prompts in flight")
+    return ", ".join(words)
 
 
 def gib(size: float | None) -> str:

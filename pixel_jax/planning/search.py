@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 
 from pixel_jax.models.config import TextConfig
-from pixel_jax.parallel.mesh import make_mesh
-from pixel_jax.parallel.sharding import undivided
+from pixel_jax.parallel.mesh import AXES, make_mesh
+from pixel_jax.parallel.sharding import row_shards, undivided
 from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import Machine
 from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, resident
+from pixel_jax.rollouts.layers import row_cache_bytes
 
 TENSOR = (1, 2, 4, 8)
 
@@ -29,7 +30,7 @@ class Plan:
 
     topology: str
     step: str
-    sharding: dict[str, int]  # sizes of the mesh's axes, and micro_batches
+    sharding: dict[str, int]  # sizes of the mesh's axes, and micro_batches, or of a rollout in_flight
     fits: bool
     bytes_per_chip: float | None  # peak of its memory
     flops_per_chip: float | None
@@ -38,6 +39,11 @@ class Plan:
     seconds: float | None
     bound: str | None  # the resource that takes these seconds: "compute", "memory", "links" or "network"
     between_nodes: float = 0.0  # of the bytes that it sends, those that go to other nodes, over the network
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """The sizes of the mesh's axes."""
+        return {axis: size for axis, size in self.sharding.items() if axis in AXES}
 
     @property
     def counted(self) -> tuple[float, float, float]:
@@ -85,9 +91,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
         shape = (config.rollout_mesh if step == "rollout" else None) or config.mesh
         return [dict(make_mesh(shape or None, machine.devices).shape)]
     model = abstract_model(recipe)
-    text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
-    if step == "rollout":
-        rows = slots(recipe) // recipe.config.learning.rollout.group_size  # a prompt's rows stay together
+    text, devices = recipe.network.text, len(machine.devices)
     meshes = []
     for tensor in TENSOR:
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
@@ -96,21 +100,27 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
         for sequence in recipe.sequences(step):
             if rest % sequence or recipe.length(step) % sequence:
                 continue
-            row_shards = rest // sequence
-            if rows % row_shards:
+            shards = rest // sequence
+            if any(rows % shards for rows in divided(recipe, step, shards)):
                 continue
-            for fsdp in (f for f in range(1, row_shards + 1) if row_shards % f == 0):
-                mesh = {"data": row_shards // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+            for fsdp in (f for f in range(1, shards + 1) if shards % f == 0):
+                mesh = {"data": shards // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
                 if not undivided(model, mesh):
                     meshes.append(mesh)
     meshes.sort(key=lambda mesh: expected_seconds(recipe, step, machine, mesh))
     return meshes
 
 
-def slots(recipe: Recipe) -> int:
-    """The number of rows of a rollout that are decoded together."""
-    config = recipe.config.learning
-    return config.rollout.group_size * min(config.rollout.in_flight or config.prompts, config.prompts)
+def divided(recipe: Recipe, step: str, shards: int) -> tuple[int, ...]:
+    """The numbers that `shards` must divide: rows, or of a rollout prompts, whose rows stay together."""
+    if step != "rollout":
+        return (recipe.rows(step),)
+    return recipe.config.learning.prompts, recipe.in_flight(shards)
+
+
+def slots(recipe: Recipe, shards: int = 1) -> int:
+    """The number of rows of a rollout that are decoded together, on so many shards."""
+    return recipe.config.learning.rollout.group_size * recipe.in_flight(shards)
 
 
 def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[str, int]) -> float:
@@ -124,10 +134,10 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     split = mesh["fsdp"] * sequence
     stored = weights / (split * mesh["tensor"])
     gathered = weights / mesh["tensor"] * (split - 1) / split  # to read every weight once
-    row_shards = mesh["data"] * mesh["fsdp"]
+    shards = mesh["data"] * mesh["fsdp"]
     if step == "rollout":
         config = recipe.config.learning.rollout
-        cached = text.cache_bytes(config.max_response, 2) * slots(recipe) / row_shards / mesh["tensor"]
+        cached = row_cache_bytes(text, config, 2) * slots(recipe, shards) / shards / mesh["tensor"]
         if stored + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
@@ -137,8 +147,8 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     if state * stored > chip.memory:
         return math.inf
     full &= step != "score"
-    tokens = recipe.rows(step) / row_shards * recipe.length(step) / sequence
-    turns = recipe.rows(step) / row_shards
+    tokens = recipe.rows(step) / shards * recipe.length(step) / sequence
+    turns = recipe.rows(step) / shards
     passes = 1 if step == "score" else 3 + full  # forward, forward again, backward, and gradients the other way
     megatron = 4 * (passes / 2) * 2 * tokens * text.hidden_size * (mesh["tensor"] - 1) / mesh["tensor"]
     keys = 4 * passes * tokens * (sequence - 1) * text.num_key_value_heads * text.head_dim / mesh["tensor"]
@@ -264,7 +274,9 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
     """Compiles a step for a mesh on a machine, and counts its work. The memory is the program's alone."""
     mesh = make_mesh(mesh_shape, machine.devices)
     sharding = dict(mesh_shape)
-    if step != "rollout":
+    if step == "rollout":
+        sharding["in_flight"] = recipe.in_flight(row_shards(mesh))
+    else:
         sharding["micro_batches"] = recipe.micro_batches(step, mesh)
     program = recipe.build(step, mesh)
     began = time.monotonic()

@@ -58,6 +58,13 @@ class RolloutConfig:
     # this (per data shard) are writing, only those are computed. None: rows are answered while others write
     # (`decode_loop.writes_on`).
     tail_rows: int | None = None
+    # Eight bits, for rollouts that wait for memory, with a scale for each output channel (`models.int8`): of the layers' weights
+    # while rows are written. Prompts, the embedding and the head stay as they are. The policy that writes then differs a little
+    # from the one that is trained: `loss.importance_cap` corrects it, and the metric `sampler_trainer_mismatch` shows it. None:
+    # the type of the model.
+    weights: Literal["int8"] | None = None
+    # The same for the rows' own keys and values, with a scale for each head and token; those of prompts keep the model's type.
+    caches: Literal["int8"] | None = None
     # Attention over prompts and images. None: chosen by size and platform, with memory linear in the number of patches.
     implementation: Literal["dense", "chunked", "kernel"] | None = None
 

@@ -17,6 +17,7 @@ from pixel_jax.rollouts import decode_loop, queue
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, WAITING, RowState, Shared
 from pixel_jax.rollouts.drawings import ReturnedPictures
+from pixel_jax.rollouts.layers import decoding_layers
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.queue import Queue
 from pixel_jax.rollouts.shapes import RolloutShape
@@ -100,7 +101,7 @@ def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> Roll
     Conditions of loops depend on all rows, so that loops turn equally often on all devices.
     """
     prompts, config, shape, mesh = state.prompts, state.config, state.shape, state.mesh
-    layers = model.unstack()
+    layers = decoding_layers(model, config)
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)
 
     def takes(waiting: Queue, rows: RowState) -> jax.Array:
@@ -161,7 +162,9 @@ def answer(model: Model, state: RolloutState, replies: decode_loop.HostAnswers) 
     keys = decode_loop.row_keys(key, state.rows, state.prompts, config, shape)
     temperature = decode_loop.rows_prompts(state.rows, state.prompts, config, shape).take(state.temperatures)
     shared = Shared(state.prompts, state.queue.prefix, temperature, keys, state.pictures)
-    rows = decode_loop.answer_host_calls(model, model.unstack(), shared, state.rows, replies, config, shape)
+    rows = decode_loop.answer_host_calls(
+        model, decoding_layers(model, config), shared, state.rows, replies, config, shape
+    )
     return dataclasses.replace(state, rows=constrain_rows(rows, state.mesh))
 
 

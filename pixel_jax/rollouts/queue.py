@@ -126,7 +126,7 @@ def _empty(model: Model, slots: int, prompts: Prompts, config: RolloutConfig, sh
     numbers, most = config.max_calls + 1, prompts.image_sizes.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
     rows = prompts.length.shape[0] // shape.shards * config.group_size
-    images = config.max_images + most
+    images, cache = config.max_images + most, model.empty_cache(slots, config.max_response)
     return RowState(
         row=jnp.full(slots, rows, jnp.int32),
         max_length=zeros(),
@@ -139,7 +139,7 @@ def _empty(model: Model, slots: int, prompts: Prompts, config: RolloutConfig, sh
         stop=jnp.full(slots, -1, jnp.int32),
         hidden=zeros(model.config.text.hidden_size, dtype=model.dtype),
         next_pos=zeros(),
-        cache=model.empty_cache(slots, config.max_response),
+        cache=cache.quantised() if config.caches == "int8" else cache,
         parser=prompts.tables.parser.init(slots),
         history=ImageHistory(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
         num_images=zeros(),

@@ -36,6 +36,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import ReturnedPictures, returned_pictures
 from pixel_jax.rollouts.host import encode_replies, host_calls
 from pixel_jax.rollouts.images import pad, ragged, shard_images
+from pixel_jax.rollouts.layers import row_cache_bytes
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.shapes import RolloutShape
@@ -445,10 +446,8 @@ def limit_in_flight(
     batch, width = prompts.tokens.shape
     if config.in_flight is not None:
         return config
-    row, prefix = (
-        model.config.text.cache_bytes(tokens, model.dtype.itemsize)
-        for tokens in (config.max_response, width + PREFIX_STEP)
-    )
+    text, itemsize = model.config.text, model.dtype.itemsize
+    row, prefix = row_cache_bytes(text, config, itemsize), text.cache_bytes(width + PREFIX_STEP, itemsize)
     group = config.group_size * row + 2 * prefix
     most = max(1, device_memory() // CACHES_DIVISOR // group) * shape.shards
     return config if most >= batch * process_shard(mesh).count else dataclasses.replace(config, in_flight=most)

@@ -1,4 +1,4 @@
-"""What the bench says of its aims."""
+"""What the bench says of its aims and of how far it is."""
 
 import types
 
@@ -8,7 +8,7 @@ import pytest
 from pixel_jax.bench import report
 from pixel_jax.bench.machine import MachineSpeed
 from pixel_jax.bench.report import _remarks, case_record, case_table
-from pixel_jax.bench.timing import Aim, Timing, Workload
+from pixel_jax.bench.timing import Aim, Timing, Workload, measure
 
 MACHINE = MachineSpeed(**{name: 1 for name in MachineSpeed.__dataclass_fields__})
 
@@ -44,5 +44,22 @@ def test_how_far_it_is_is_said_before_each_case(tmp_path, monkeypatch, capsys):
     report.run_cases("two", [], True, tmp_path / "bench.json")
     said = capsys.readouterr().out
     assert (
-        said.index("case 1 of 2: a") < said.index("a: shapes") < said.index("case 2 of 2: b") < said.index("b: shapes")
+        said.index("case 1 of 2, after 0 s: a")
+        < said.index("a: shapes")
+        < said.index("case 2 of 2, after 0 s: b")
+        < said.index("b: shapes")
     )
+
+
+def test_a_long_case_says_what_it_does(monkeypatch, capsys):
+    """And a short one nothing, for every round would be a line."""
+    runs = {"ours": lambda: lambda: np.zeros(3), "theirs": lambda: lambda: np.zeros(3)}
+    work = Workload("shapes", runs, lambda found: None)
+    measure(work, least=2, most=2, note=report.Seldom())
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(report, "SILENCE", 0.0)
+    measure(work, least=2, most=2, note=report.Seldom())
+    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert said[:2] == ["first call, 1 of 2: ours", "first call, 2 of 2: theirs"]
+    rounds = [(1, "ours"), (1, "theirs"), (2, "theirs"), (2, "ours")]
+    assert [(line.split()[1], line.split(": ")[-1]) for line in said[2:]] == [(str(n), name) for n, name in rounds]

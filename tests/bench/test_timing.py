@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.bench import timing
-from pixel_jax.bench.memory import array_bytes, peak_memory
+from pixel_jax.bench.memory import array_bytes, highest, peak_memory
 from pixel_jax.bench.timing import Case, CompileLog, Workload, limited_to, measure, quartiles, take_turns
 
 MEGABYTES = 64
@@ -25,7 +25,14 @@ def _build(quick: bool) -> Workload:
     return Workload("memory", {"filled": lambda: _fill, "empty": lambda: lambda: None}, check=lambda outputs: None)
 
 
-CASES = (Case("memory", _build),)
+def _build_wasteful(quick: bool) -> Workload:
+    """Needs more to be made than to be run, and an input that is there when it runs."""
+    _fill()
+    given = _fill()
+    return Workload("memory", {"given": lambda: lambda: given[:1]}, check=lambda outputs: None)
+
+
+CASES = (Case("memory", _build), Case("wasteful", _build_wasteful))
 
 
 def _count(outputs):
@@ -103,6 +110,16 @@ def test_peak_memory_is_that_of_the_alternative(monkeypatch):
     filled, empty = (peak_memory("tests.bench.test_timing", "memory", name, True) for name in ("filled", "empty"))
     # The kernel counts pages in batches (proc(5)): the record may be a little low.
     assert 0.95 * MEGABYTES * 1e6 < filled < 1.25 * MEGABYTES * 1e6 and empty < 0.25 * MEGABYTES * 1e6
+
+
+def test_inputs_count_and_what_was_needed_to_make_them_does_not(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = peak_memory("tests.bench.test_timing", "wasteful", "given", True)
+    assert 0.95 * MEGABYTES * 1e6 < given < 1.25 * MEGABYTES * 1e6
+
+
+def test_a_peak_is_never_negative():
+    assert highest(lambda: None, before=2**50) in (0, None)
 
 
 def test_a_failing_process_says_why(monkeypatch):

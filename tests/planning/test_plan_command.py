@@ -38,7 +38,12 @@ def test_a_plan_of_updates_and_scores(tmp_path):
     found = json.loads((tmp_path / "plan.json").read_text())
     best = {step: found["plans"][x["plan"]] for step, x in found["best"]["cpu:8"].items()}
     assert best.keys() == {"update", "score"} and best["update"]["sharding"] == best["score"]["sharding"]
-    rows = [line for line in run.stdout.splitlines() if re.match(r"cpu:8 +(score|update) ", line)]
+    said = run.stdout.splitlines()
+    lines = said[said.index("For the config, to run as planned on cpu:8:") + 1 :][:2]
+    mesh = {axis: size for axis, size in best["update"]["sharding"].items() if size > 1 and axis != "micro_batches"}
+    parts = best["update"]["sharding"]["micro_batches"]
+    assert lines == [f"config.mesh = {mesh}", f"config.rl.forward.micro_batches = {parts}"]
+    rows = [line for line in said if re.match(r"cpu:8 +(score|update) ", line)]
     assert len(rows) == 2
     for row, (step, plan_of_step) in zip(rows, best.items(), strict=True):
         assert f" {step} " in row and plan_of_step["bound"] in row and plan_of_step["fits"]
@@ -62,7 +67,8 @@ def test_the_meshes_of_the_config_and_the_room_of_its_videos(tmp_path):
     assert run.returncode == 0, run.stderr
     (found,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
     assert found["sharding"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1, "micro_batches": 1}
-    still = plan(tmp_path, "--topology=cpu:8", "--configured", "--steps=score", "--json=still.json")
+    # (With one row a device nothing larger can be chosen.)
+    still = plan(tmp_path, "--topology=cpu:8", "--configured", "--fit", "--steps=score", "--json=still.json")
     assert still.returncode == 0, still.stderr
     (other,) = json.loads((tmp_path / "still.json").read_text())["plans"]
     assert found["flops_per_chip"] > 1.1 * other["flops_per_chip"]  # 128 tokens more in a row, and four frames

@@ -379,6 +379,9 @@ def test_flops_of_published_plans_are_those_of_hand_arithmetic(path):
         phase = "sft" if step in ("sft", "unlearn") else "rl"
         config = load(TrainConfig, runpy.run_path(CONFIGS / f"qwen2_5_vl_{size}_{phase}.py")["get_config"]())
         chips = math.prod(map(int, counted["topology"].split(":")[1].split("x")))
+        if "in_flight" in counted["sharding"]:
+            rollout = dataclasses.replace(config.rl.rollout, in_flight=counted["sharding"]["in_flight"])
+            config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, rollout=rollout))
         if "scaling" in found:  # a row a chip
             config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, batch_size=chips))
         expected = by_hand(step, config, released(config.architecture), *turns or [None])

@@ -2,6 +2,8 @@
 
 Every case first checks that all alternatives give the same product (for solvers, the error from the dense solution), and then
 measures them in turn. Of torch, kronfluence, dattri and pyDVL those that are not installed are left out and named.
+
+`unlearn-jax bench compare A.json B.json` says what changed between two records by more than noise.
 """
 
 import pathlib
@@ -22,7 +24,11 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Runs the cases, or measures the cost curve or the linear datamodelling score."""
+    """Runs the cases, measures the cost curve or the linear datamodelling score, or compares two records."""
+    if arguments[:1] == ["compare"]:
+        from pixel_jax.bench import compare
+
+        return compare.main(arguments[1:])
     from pixel_jax.bench.report import run_cases
     from pixel_jax.cli import UserError
     from unlearn_jax.bench.attribution import AttributionSetting, measure

@@ -1,5 +1,6 @@
 """The curvature product of an edit, built from shapes alone, for the planner of `pixel_jax`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,8 @@ class EditRecipe(Recipe):
         return (STEP,)
 
     def micro_batches(self, step: str, mesh: Mesh) -> int:
-        """The number of micro-batches with which every shard computes one row at a time. The config's is for training."""
-        return Recipe(self.config, self.network, self.tables, self.dtype).micro_batches(step, mesh)
+        """The number of micro-batches of `together` rows of a shard, or of one. The config's is for training."""
+        return Recipe.micro_batches(dataclasses.replace(self, configured=False), step, mesh)
 
     def sequences(self, step: str) -> tuple[int, ...]:
         """The only degree of sequence parallelism, 1: a product does not split the positions of a row."""
