@@ -36,7 +36,7 @@ COMMANDS: Commands = {
     "eval": ("pixel_jax.evaluation.main", "a model on benchmarks; runs compared; a checkpoint chosen"),
     "synth": ("pixel_jax.synthesis.main", "make traces for tuning from questions with a known place of the answer"),
     "plan": ("pixel_jax.planning.main", "predict memory and time of a recipe on TPUs that need not be there"),
-    "view": ("pixel_jax.view", "draw saved traces as a page"),
+    "view": ("pixel_jax.view", "look at runs in the browser: curves, traces, comparisons"),
 }
 
 
