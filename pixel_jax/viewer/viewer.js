@@ -282,7 +282,7 @@ function turnOf(trace, conversation, turn, index, call) {
     const least = logs.indexOf(logs.reduce((a, b) => Math.min(a, b), 0)), sum = logs.reduce((a, b) => a + b, 0);
     note.replaceChildren(el("p", { class: "scale" }, `${logs.length} tokens, log-probability ${number(sum)}, mean ${number(sum / logs.length)}`,
       least >= 0 ? `, least ${number(logs[least])} of “${pieces[least]}”` : "", ". ",
-      ["above −0.1", "−0.5", "−1.5", "−3", "below"].map((words, i) => el("span", { class: "p" + i }, words))));
+      ["above −0.1", "to −0.5", "to −1.5", "to −3", "below"].map((words, i) => el("span", { class: "p" + i }, words))));
   }
   const button = turn.tokens ? el("button", { type: "button", class: "tokens", "aria-expanded": "false", click: () => toggle().catch((error) => say(error.message)) }, "log-probabilities") : null;
   return el("section", { class: `turn ${tool ? "tool" + (turn.failed ? " failed" : "") + " " + color(call - 1) : "model"}` },

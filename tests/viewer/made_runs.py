@@ -1,5 +1,6 @@
 """Directories of runs, as the commands write them, made without a model."""
 
+import functools
 import json
 
 import numpy as np
@@ -14,6 +15,13 @@ from pixel_jax.training.writers import MetricsLog
 TOOLS = ("crop_image", "select_frames")
 
 
+@functools.cache
+def uri(seed, top=0, bottom=120, left=0, right=180, step=1):
+    """A part of a photograph, as it stands in a trace."""
+    return traces.data_uri(photograph(seed)[top:bottom:step, left:right:step])
+
+
+@functools.cache
 def photograph(seed, height=120, width=180):
     """Something that looks like a picture: soft coloured spots."""
     random = np.random.default_rng(seed)
@@ -27,15 +35,14 @@ def photograph(seed, height=120, width=180):
 
 def conversation(seed, *, title="q", question="Which digit is on the sign?", right=True, calls=1, text="", **more):
     """A conversation with a crop for each call."""
-    image = photograph(seed)
     box = (20, 30, 95, 90)
     boxes = tuple((i + 1, box[0] + 9 * i, box[1], box[2] + 9 * i, box[3]) for i in range(calls))
-    pictures = (Picture(traces.data_uri(image), 180, 120, f"image{text}", boxes),)
-    overview = (Picture(traces.data_uri(image[::4, ::4]), 45, 30, f"image as the model first sees it{text}"),)
+    pictures = (Picture(uri(seed), 180, 120, f"image{text}", boxes),)
+    overview = (Picture(uri(seed, step=4), 45, 30, f"image as the model first sees it{text}"),)
     turns = []
     for i in range(calls):
-        crop = image[30:90, 20 + 9 * i : 95 + 9 * i]
-        shown = (Picture(traces.data_uri(crop), 75, 60, "what it saw"),)
+        crop = uri(seed, 30, 90, 20 + 9 * i, 95 + 9 * i)
+        shown = (Picture(crop, 75, 60, "what it saw"),)
         turns.append(ShownTurn("assistant", f"The sign is small: I look closer.{text}", **chosen(seed + i, text)))
         observed = f"Here is the zoomed-in image (Image Size: 75x60).{text}"
         turns.append(ShownTurn("tool", observed, shown, tool=TOOLS[i % 2] + text))
@@ -89,7 +96,8 @@ def record(index, *, right=True, tools=(), text="", category="spatial", answers=
         "index": index, "id": f"q{index:05}{text}", "category": category + text,
         "answers": ["B" + text],
         "question": f"Where is the red bag relative to the bench, seen from the entrance, number {index}?{text}",
-        "given": ["B" if right else "C" + text] * answers, "score": [float(right)] * answers, "accuracy": [float(right)] * answers,
+        "given": ["B" if right else "C" + text] * answers, "score": [float(right)] * answers,
+        "accuracy": [float(right)] * answers,
         "operations": [len(tools)] * answers, "executed": [len(tools)] * answers, "failed": [0] * answers,
         "calls": [len(tools)] * answers, "tools": [list(tools)] * answers, "unrecognised": [0] * answers,
         "tokens": [40] * answers, "stop": ["answer" + text] * answers, "responses": one, "shrunk": False,
