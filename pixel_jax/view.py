@@ -71,14 +71,14 @@ def show(paths: Sequence[pathlib.Path], source: "Source") -> None:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]', or give --out=FILE") from None
     from pixel_jax.serving.http import listen
     from pixel_jax.signals import SIGNALS
-    from pixel_jax.terminal import say, warn
+    from pixel_jax.terminal import Waiting, say
     from pixel_jax.viewer.index import Index
 
     runs = [source.open(path) for path in paths]
     listener = listen(HOST, FLAGS.port)
-    warn(f"reading {' '.join(map(str, paths))} ...")
     index = Index(runs, names_of(paths))
-    index.refresh()
+    with Waiting("reading the runs"):
+        index.refresh()
     SIGNALS.save_first()
     say(f"{len(index.traces)} traces at http://{HOST}:{listener.getsockname()[1]}/, until Ctrl-C")
     asyncio.run(serve(make_app(index), listener))
