@@ -25,7 +25,7 @@ setup(
     package_data={
         "pixel_jax": ["py.typed"],
         "pixel_jax.evaluation": ["*.css"],
-        "pixel_jax.viewer": ["*.html", "*.css", "*.js"],
+        "pixel_jax.viewer": ["*.html", "*.css", "*.js", "*.svg"],
         "pixel_jax.configs": ["**/*.py"],
         "unlearn_jax": ["py.typed"],
     },

@@ -4,5 +4,5 @@ tail: the complete lines of files that are being written
 runs: what a run's directory holds
 index: the traces of all runs, filtered and compared
 app: the HTTP side
-viewer.html, viewer.css, viewer.js: the page
+viewer.html, viewer.css, viewer.js, viewer.svg: the page
 """

@@ -37,6 +37,7 @@ FILES = {
     "/": ("viewer.html", "text/html"),
     "/viewer.js": ("viewer.js", "text/javascript"),
     "/viewer.css": ("viewer.css", "text/css"),
+    "/viewer.svg": ("viewer.svg", "image/svg+xml"),
 }
 MOST_PATH, MOST_QUERY = 200, 4000  # characters of an address in front of its question mark and behind it
 MOST_ROWS = 50  # of a page of the list, unless it asks otherwise

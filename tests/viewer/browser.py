@@ -97,12 +97,11 @@ class Browser:
         return found["result"].get("value")
 
     def until(self, script, seconds=30):
-        """Waits until an expression is true, and returns the value."""
+        """Waits until an expression is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(script)):
+        while not self.run(f"!!({script})"):
             assert time.monotonic() < end, (script, self.errors, self.run("document.body.innerText")[:2000])
             self.listen(0.05)
-        return value
 
     def key(self, key):
         """Presses a key."""

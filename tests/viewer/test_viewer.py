@@ -1,15 +1,16 @@
 """The viewer's index and server: what it shows of runs that are written meanwhile, whom it answers, and what it refuses."""
 
-import asyncio
 import base64
 import contextlib
-import http.client
 import io
 import json
 import os
 import pathlib
+import signal
 import struct
-import threading
+import subprocess
+import sys
+import urllib.request
 import zlib
 
 import pytest
@@ -20,17 +21,17 @@ from PIL import Image
 from pixel_jax.cli import UserError
 from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.results import Results, read_records
-from pixel_jax.serving.http import listen, make_server
 from pixel_jax.state_files import to_json
 from pixel_jax.training.watch import thin
 from pixel_jax.training.writers import MetricsLog, read_metrics
 from pixel_jax.view import Source, names_of
 from pixel_jax.viewer import index as index_module
-from pixel_jax.viewer.app import HEADERS, make_app
-from pixel_jax.viewer.index import Filter, FilterError, Index
+from pixel_jax.viewer.app import HEADERS
+from pixel_jax.viewer.index import Filter, FilterError
 from pixel_jax.viewer.runs import GoneError, open_run
 from pixel_jax.viewer.tail import Tail
 from tests.viewer import made_runs
+from tests.viewer.serving import index_of, serving
 
 QUESTIONS = 60
 
@@ -40,44 +41,10 @@ def at_once(monkeypatch):
     monkeypatch.setattr(index_module, "REFRESH_SECONDS", 0.0)
 
 
-def index_of(*paths):
-    source = Source(100)
-    index = Index([source.open(path) for path in paths], names_of(paths))
-    index.refresh()
-    return index
-
-
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return [made_runs.evaluation(folder / str(i), QUESTIONS, seed=i) for i in range(2)]
-
-
-@contextlib.contextmanager
-def serving(index):
-    """Serves an index; yields a function that asks: (status, headers, body)."""
-    listener = listen("127.0.0.1", 0)
-    port, server = listener.getsockname()[1], make_server(make_app(index))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
-    thread.start()
-
-    def ask(path, method="GET", **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.putrequest(method, path, skip_host="Host" in headers)
-        for name, value in headers.items():
-            connection.putheader(name, value)
-        connection.endheaders()
-        answer = connection.getresponse()
-        body = answer.read()
-        connection.close()
-        return answer.status, dict(answer.getheaders()), body
-
-    ask.port = port
-    try:
-        yield ask
-    finally:
-        server.should_exit = True
-        thread.join(30)
 
 
 # ---- runs that are being written
@@ -367,3 +334,17 @@ def test_what_is_no_run(tmp_path):
 ])  # fmt: skip
 def test_names(paths, names):
     assert names_of([pathlib.Path(path) for path in paths]) == names
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_told_to_end(evaluations):
+    line = [sys.executable, "-c", "from pixel_jax.cli import main; main()", "view", str(evaluations[0])]
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment, **pipes) as process:
+        said = process.stdout.readline()
+        assert said.startswith(f"{QUESTIONS} traces at http://127.0.0.1:"), process.stderr.read()
+        with urllib.request.urlopen(said.split()[3].rstrip(",") + "state", timeout=60) as answer:
+            assert json.load(answer)["traces"] == QUESTIONS
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0 and process.stderr.read() == ""

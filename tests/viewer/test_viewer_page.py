@@ -1,11 +1,7 @@
 """The page of the viewer in headless Chromium: what it shows, its keys, and that hostile traces stay text."""
 
+import contextlib
 import http.server
-import os
-import pathlib
-import signal
-import subprocess
-import sys
 import threading
 import urllib.parse
 
@@ -14,9 +10,9 @@ import pytest
 from tests.evaluation.test_report import HOSTILE, LEAVE
 from tests.viewer import made_runs
 from tests.viewer.browser import Browser
+from tests.viewer.serving import index_of, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.chromium]
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +35,6 @@ def elsewhere():
         server.shutdown()
 
 
-class Viewing:
-    """`pixel-jax view` as a process; `url` is what it has printed."""
-
-    def __init__(self, *arguments, cwd):
-        line = [sys.executable, "-c", "from pixel_jax.cli import main; main()", "view", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            line,
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-        said = self.process.stdout.readline()
-        assert " at http://127.0.0.1:" in said, (said, self.process.stderr.read())
-        self.url = said.split(" at ")[1].split(",")[0]
-
-    def end(self):
-        """Ends it as Ctrl-C does, and returns its exit status."""
-        self.process.send_signal(signal.SIGINT)
-        self.process.communicate(timeout=60)
-        return self.process.returncode
-
-
 @pytest.fixture(scope="module")
 def hostile(elsewhere):
     return HOSTILE + LEAVE.format(elsewhere[0]) + "\u202eabc{{1+1}}${alert(1)}`javascript:alert(1)"
@@ -78,9 +50,9 @@ def pages(tmp_path_factory, hostile):
         made_runs.training(folder / "bad-run", text=hostile),
         made_runs.evaluation(folder / "bad-eval", 8, text=hostile),
     ]
-    viewers = [Viewing(*some, cwd=folder) for some in (runs, evaluations, bad)]
-    yield [viewer.url for viewer in viewers], folder
-    assert [viewer.end() for viewer in viewers] == [0, 0, 0]
+    with contextlib.ExitStack() as stack:
+        asks = [stack.enter_context(serving(index_of(*some))) for some in (runs, evaluations, bad)]
+        yield [f"http://127.0.0.1:{ask.port}/" for ask in asks], folder
 
 
 @pytest.fixture
@@ -129,7 +101,7 @@ def test_the_list_is_filtered_and_read_by_keys(pages, browser):
     browser.key("j")
     browser.until("document.querySelector('h2')?.textContent === 'q00052'")
     browser.key("Escape")
-    browser.until("document.activeElement.textContent === 'q00052'")  # where one was
+    browser.until("document.querySelector('.list') && document.activeElement.textContent === 'q00052'")  # where one was
     browser.run(
         "(x => { x.value = 'wrong'; x.dispatchEvent(new Event('change')); })(document.querySelector('[name=verdict]'))"
     )
@@ -198,22 +170,25 @@ def test_hostile_traces_stay_text(pages, browser, hostile, elsewhere):
     browser.open(url)
     browser.until("document.querySelectorAll('.chart').length")
     seen = browser.run("document.body.innerText")
-    at(browser, "traces")
-    browser.until("document.querySelectorAll('.list a').length")
-    seen += browser.run("document.body.textContent")
-    numbers = browser.run("[...document.querySelectorAll('.list a')].map((x) => x.hash)")
+    addresses = []
+    for side, rows in (("0", 50), ("1", 8)):
+        at(browser, "traces", side=side)
+        browser.until(f"document.querySelectorAll('.list tbody tr').length === {rows}")
+        seen += browser.run("document.body.textContent")
+        addresses += browser.run("[...document.querySelectorAll('.list a')].map((x) => x.hash)")
     at(browser, "traces", tool="=" + hostile, category="=" + hostile, text=hostile, side=hostile)
     browser.until("document.querySelector('[role=alert]') || document.querySelector('.pages')")
-    for address in [numbers[0], numbers[2], numbers[-1], numbers[-8]]:
+    for address in (addresses[i] for i in (0, 2, -1, -8)):
+        browser.run("document.querySelector('main').replaceChildren()")
         browser.run(f"location.hash = {address!r}")
-        browser.until(f"location.hash === {address!r} && document.querySelectorAll('article').length")
+        browser.until("document.querySelectorAll('article').length")
         browser.key("t")
         browser.until("!document.querySelector('button.tokens') || document.querySelector('pre span')")
         seen += browser.run("document.body.textContent")
     assert seen.count("<script>alert(1)</script>") > 30
     tags = {"script", "img", "iframe", "base", "form", "link", "meta", "object", "embed"}
     kept = browser.run(f"[...document.querySelectorAll({', '.join(sorted(tags))!r})].map((x) => x.outerHTML)")
-    assert len(kept) == 5 and not any("alert" in x for x in kept)  # the page's own, three of them meta
+    assert len(kept) == 6 and not any("alert" in x for x in kept)  # the page's own, three of them meta
     assert (
         browser.run(
             "[...document.querySelectorAll('*')].flatMap((x) => [...x.attributes]).filter((x) => x.name.startsWith('on')).length"
