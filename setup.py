@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
-SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve
+SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve and view
 GGUF = ["gguf>=0.19"]  # files of llama.cpp
 PLOTS = ["matplotlib>=3.10"]  # figures of `python -m unlearn_jax.recommendation`
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
@@ -25,6 +25,7 @@ setup(
     package_data={
         "pixel_jax": ["py.typed"],
         "pixel_jax.evaluation": ["*.css"],
+        "pixel_jax.viewer": ["*.html", "*.css", "*.js", "*.svg"],
         "pixel_jax.configs": ["**/*.py"],
         "unlearn_jax": ["py.typed"],
     },

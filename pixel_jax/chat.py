@@ -242,7 +242,9 @@ class Chat:
         screen.answer(boxed, reader.reason)
         if warning := format_warning([SPECIAL_TOKENS["im_end"].join(turns)], speaker.tables.parser.language):
             warn(warning)
-        self.transcripts.append(make_transcript(materialized, 0, query, speaker.vocabulary, answer=boxed))
+        self.transcripts.append(
+            make_transcript(materialized, 0, query, speaker.vocabulary, tools=speaker.tables.tools, answer=boxed)
+        )
         self.messages = [*messages, Message("assistant", (answer,))]
         return answer
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from absl import app, flags, logging
 
 from pixel_jax.signals import SIGNALS, leaving
-from pixel_jax.terminal import keep_streams, say
+from pixel_jax.terminal import be_quiet, keep_streams, say
 
 # name -> (module with `define_flags(command)` and `main(command, arguments)`, help)
 Commands = Mapping[str, tuple[str, str]]
@@ -36,7 +36,7 @@ COMMANDS: Commands = {
     "eval": ("pixel_jax.evaluation.main", "a model on benchmarks; runs compared; a checkpoint chosen"),
     "synth": ("pixel_jax.synthesis.main", "make traces for tuning from questions with a known place of the answer"),
     "plan": ("pixel_jax.planning.main", "predict memory and time of a recipe on TPUs that need not be there"),
-    "view": ("pixel_jax.view", "draw saved traces as a page"),
+    "view": ("pixel_jax.view", "look at runs in the browser: curves, traces, comparisons"),
 }
 
 
@@ -171,6 +171,8 @@ def run_program(program: str, commands: Commands) -> None:
 
     def run(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries report every file they write
+        if flags.FLAGS.quiet:
+            be_quiet()
         try:
             module.main(command, arguments[1:])
         except (UserError, ValueError, OSError, FloatingPointError, RuntimeError) as error:
@@ -199,6 +201,7 @@ def run_program(program: str, commands: Commands) -> None:
             sys.exit(1)
 
     flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
+    flags.DEFINE_bool("quiet", False, "Show no progress, only results, warnings and errors.")
     with leaving():
         app.run(run, argv=[name, *sys.argv[2:]], flags_parser=parse)
 

@@ -35,7 +35,7 @@ from pixel_jax.models.peft import FOLDER
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
 from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
-from pixel_jax.parallel.processes import barrier, is_main_process, say
+from pixel_jax.parallel.processes import barrier, is_main_process, say, waiting
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import VIEW_FIELDS, differences, limits_file, read_limits
@@ -199,7 +199,8 @@ def train(command: Command, config: TrainConfig, *, resume_changed: bool = False
     # The user's own code is imported first: a mistake in it shows at once.
     tools, calls = find_tools(config.tools), find_format(limits_of(command, config).call_format)
     config = config.for_model(read_network(config.model))
-    data = read_data(command, config, Language(tools, calls), resume_changed)
+    with waiting("reading the data"):
+        data = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
     vocabulary = Vocabulary.of(processor.tokenizer)
@@ -289,7 +290,9 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
 
 def tune(phase: Phase, model: Any) -> Any:
     """Tunes `model` on traces and returns it."""
-    config, section, data, packing = phase.config, phase.config.tuning, phase.data, phase.packing
+    config, section, data = phase.config, phase.config.tuning, phase.data
+    with waiting("writing the traces as tokens"):
+        packing = phase.packing
     epoch = packing.epoch
     steps = section.updates(epoch)
     course = f"{steps} steps of {section.batch_size} rows make {steps / epoch:.3g} epochs"
@@ -307,7 +310,8 @@ def learn(phase: Phase, model: Any) -> Any:
     config, section, phase_data, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
     for line in other_limits(config):
         say(line)
-    questions = phase.questions
+    with waiting("writing the questions as tokens"):
+        questions = phase.questions
     course = course_of(section, collections.Counter(x.shape for x in questions))
     announce(pathlib.Path(config.out), phase_data, f"{course}; {describe_shapes(questions)}")
     data = phase.question_batches

@@ -17,7 +17,8 @@ from pixel_jax.training.watch import BEST, HELD_OUT, ROLLOUTS, numbered
 from pixel_jax.training.writers import read_metrics
 
 PAGE = "report.html"
-PHASES = ("sft", "rl")
+UNITS: Mapping[str, str] = {"sft": "step", "rl": "iteration"}  # of each phase
+PHASES = tuple(UNITS)
 METRICS = "metrics.jsonl"
 # Title of a panel: line -> metric. A panel is drawn where a run has any of them.
 PANELS: Mapping[str, Mapping[str, str]] = {
@@ -47,23 +48,39 @@ def is_run(directory: pathlib.Path) -> bool:
     return any((directory / phase / METRICS).is_file() for phase in PHASES)
 
 
-def draw_run(out: pathlib.Path, page: str | None = None) -> pathlib.Path:
-    """Writes the page of the run in the directory `out`, by default into it, and returns its path."""
+def draw_run(out: pathlib.Path) -> pathlib.Path:
+    """Writes the page of the run in the directory `out` into it, and returns its path."""
+    report.write(out / PAGE, report.page(f"The run {out}", run_sections(out)))
+    return out / PAGE
+
+
+def run_sections(out: pathlib.Path) -> list[tuple[str, str]]:
+    """The sections of the page of the run in the directory `out`, for `report.page`."""
     sections = []
     for phase in PHASES:
         if (out / phase / METRICS).is_file():
             sections += _phase(out, out / phase)
-    sections += [("Settings", _settings(read_note(out / CONFIG)))]
-    page_path = out / PAGE if page is None else pathlib.Path(page)
-    report.write(page_path, report.page(f"The run {out}", sections))
-    return page_path
+    return [*sections, ("Settings", _settings(read_note(out / CONFIG)))]
+
+
+def curves_together(runs: Mapping[str, pathlib.Path]) -> str:
+    """The curves of several runs, by name, in the same charts: of every chart the first line that a run has."""
+    panels: dict[str, dict[str, Points]] = {}
+    for phase in PHASES:
+        for name, out in runs.items():
+            lines = read_metrics(out / phase / METRICS)
+            for title, metrics in PANELS.items():
+                if points := next((p for metric in metrics.values() if (p := points_of(lines, metric))), None):
+                    panels.setdefault(f"{phase}: {title}", {})[name] = points
+    bounds = {f"{phase}: {title}": (0.0, 1.0) for phase in PHASES for title in SHARES}
+    return curves(panels, "steps (sft), iterations (rl)", bounds)
 
 
 def _phase(out: pathlib.Path, phase: pathlib.Path) -> list[tuple[str, str]]:
     lines = read_metrics(phase / METRICS)
     history, read = read_history(phase), read_note(out / DATA) or {}
     looks, rollouts = ([*numbered(phase / "traces" / name)] for name in (HELD_OUT, ROLLOUTS))
-    unit = {"sft": "step", "rl": "iteration"}[phase.name]
+    unit = UNITS[phase.name]
     return [
         (phase.name, _summary(phase, lines, history, read, unit)),
         ("Curves", _curves(lines, unit) + report.paragraph(EXPLAINED)),
@@ -82,11 +99,11 @@ def _summary(phase: pathlib.Path, lines: Sequence[Mapping[str, Any]], history, r
     best = read_note(phase / BEST)
     if best is not None:
         rows.append(("best model", f"after {best.get('done')} {unit}s, by {best.get('by')}: {best.get('value')}"))
-    rows += [(name, _course(lines, name)) for name in ("loss", "accuracy", "rapr", "reward") if _of(lines, name)]
+    rows += [(name, _course(lines, name)) for name in ("loss", "accuracy", "rapr", "reward") if points_of(lines, name)]
     rows += [
         (f"{name}, held out", _course(lines, f"eval_{name}"))
         for name in ("loss", "accuracy", "rapr")
-        if _of(lines, f"eval_{name}")
+        if points_of(lines, f"eval_{name}")
     ]
     return report.table(("", ""), rows, style="facts")
 
@@ -95,20 +112,20 @@ def _is_read(read: Mapping[str, Any]) -> bool:
     return all(isinstance(read.get(name), str) for name in ("source", "data", "judged_by"))
 
 
-def _of(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
+def points_of(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
     """The points (steps done, value) of a metric where it is a number."""
-    return [(x["step"] + 1, x[name]) for x in lines if isinstance(x.get(name), int | float)]
+    return [(x["step"] + 1, float(x[name])) for x in lines if type(x.get(name)) in (int, float)]
 
 
 def _course(lines: Sequence[Mapping[str, Any]], name: str) -> str:
-    points = _of(lines, name)
+    points = points_of(lines, name)
     return f"{points[0][1]:.4g} → {points[-1][1]:.4g}"
 
 
 def _curves(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
     panels = {}
     for title, names in PANELS.items():
-        panel = {label: points for label, name in names.items() if (points := _of(lines, name))}
+        panel = {label: points for label, name in names.items() if (points := points_of(lines, name))}
         if panel:
             panels[title] = panel
     if not panels:
@@ -131,10 +148,8 @@ def _conversations(files: Sequence[pathlib.Path], name) -> str:
         drawn = "".join(report.transcript(item) for item in items)
         sections.append(report.folded(name(int(path.stem)), drawn, unfolded=path == shown[-1]))
     if len(files) > len(shown):
-        where = f"pixel-jax view {files[0].parent}/NUMBER.json"
-        sections.append(
-            report.paragraph(f"{len(files) - len(shown)} more are kept in {files[0].parent}; `{where}` draws one.")
-        )
+        where = f"{len(files) - len(shown)} more are kept in {files[0].parent}"
+        sections.append(report.paragraph(f"{where}; `pixel-jax view {files[0].parents[3]}` shows all."))
     return "".join(sections)
 
 

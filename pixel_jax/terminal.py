@@ -1,8 +1,12 @@
 """Writes to the terminal: foreign text is made harmless, and output that cannot be written does not end the program."""
 
+import contextlib
 import io
 import os
+import shutil
 import sys
+import threading
+import time
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -52,14 +56,120 @@ def warn(text: Any) -> None:
     say(text, sys.stderr)
 
 
-def put(text: str, stream: TextIO | None) -> None:
-    """Writes text at once. Where that fails (a closed pipe, a full disk) the text is lost and nothing is raised."""
-    if stream is None:  # the program was started without it
+_OUTPUT = threading.RLock()
+_passing: TextIO | None = None  # the terminal on which a line stands that the next output replaces
+
+
+def put(text: str, stream: TextIO | None, *, passing: bool = False) -> None:
+    """Writes text at once. Where that fails (a closed pipe, a full disk) the text is lost and nothing is raised.
+
+    Args:
+        text: what is written.
+        stream: where to; None: the program was started without it, and nothing is written.
+        passing: whether the text is a line of a terminal that the next output replaces, whoever writes it.
+    """
+    global _passing
+    if stream is None:
         return
-    try:
+    with _OUTPUT:
+        before, _passing = _passing, stream if passing else None
+        if before is not None or passing:
+            _write("\r\x1b[K", before or stream)
+        _write(text, stream)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # ValueError: the stream is closed, or its encoding lacks a character
         print(text, file=stream, end="", flush=True)
-    except (OSError, ValueError):  # ValueError: the stream is closed, or its encoding lacks a character
-        pass
+
+
+def leave_line() -> None:
+    """Lets the line that the next output would replace stay, and goes on below it."""
+    global _passing
+    with _OUTPUT:
+        stream, _passing = _passing, None
+        put("\n", stream)
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal, on which a line can be rewritten."""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+QUIET = "PIXEL_JAX_QUIET"  # an environment variable, so that the processes that a command starts are quiet, too
+
+
+def is_quiet() -> bool:
+    """Whether no progress is shown (`--quiet`). Results, warnings and errors are."""
+    return bool(os.environ.get(QUIET))
+
+
+def be_quiet() -> None:
+    """Shows no progress from here on, in this process and those that it starts."""
+    os.environ[QUIET] = "1"
+
+
+def progress(text: Any, stream: TextIO | None = None) -> None:
+    """Prints a line about what is going on, on standard error unless told otherwise, if the program is not quiet."""
+    if not is_quiet():
+        say(text, stream or sys.stderr)
+
+
+class Waiting:
+    """Says what the program is doing, with the seconds, as long as it does it and if that takes a while.
+
+    On a terminal it is one line that goes when the work has ended; elsewhere it is a line when it is first said.
+
+    Args:
+        what: the work in words, such as "reading the data".
+        about: the seconds that it took the last time; None: not known.
+        after: the seconds after which it is said.
+        stream: None: standard error.
+    """
+
+    def __init__(self, what: str, *, about: float | None = None, after: float = 2.0, stream: TextIO | None = None):
+        self.what = printable(what) + ("" if about is None else f", about {about:.0f} s")
+        self.after, self.stream = after, stream or sys.stderr
+        self.live = is_live(self.stream)
+        self.began, self.ended = time.monotonic(), threading.Event()
+        self.thread: threading.Thread | None = None
+        if is_quiet():
+            return
+        if not self.live and after <= 0:
+            self._say()
+        else:
+            self.thread = threading.Thread(target=self._run, name=what, daemon=True)
+            self.thread.start()
+
+    def _run(self) -> None:
+        if self.ended.wait(self.after):
+            return
+        if not self.live:
+            self._say()
+            return
+        while True:
+            line = f"{self.what} ... {time.monotonic() - self.began:.0f} s"
+            put(line[: shutil.get_terminal_size().columns - 1], self.stream, passing=True)
+            if self.ended.wait(1.0):
+                put("", self.stream)
+                return
+
+    def _say(self) -> None:
+        put(f"{self.what} ...\n", self.stream)
+
+    def end(self) -> None:
+        """Ends it."""
+        self.ended.set()
+        if self.thread is not None:
+            self.thread.join()
+
+    def __enter__(self) -> "Waiting":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.end()
 
 
 def table(

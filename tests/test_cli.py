@@ -246,7 +246,7 @@ def test_view_draws_saved_traces(tmp_path):
     ]
     traces.save(tmp_path / "traces.json", found)
     code, out, error = command("view", "traces.json", "--out=page.html", cwd=tmp_path)
-    assert code == 0 and "2 traces are drawn in page.html" in out, error
+    assert code == 0 and "2 traces of traces.json: drawn in page.html" in out, error
     page = (tmp_path / "page.html").read_text()
     seen = Reader(page)
     assert seen.tags.count("article") == 2 and seen.tags.count("rect") == 4 and "I look." in seen.texts

@@ -64,8 +64,8 @@ def test_from_questions_to_a_reward_curve_in_three_commands(tmp_path):
     learning = ("--config.rl.prompts=4", "--config.rl.train_batch=16", "--config.rl.iterations=6", small.format("rl"))
     out, error = start("rl", *own, "--config.model=sft/model", "--config.out=rl", *room, *learning)
     assert "rl 6/6" in error and "before the first step, on what is held out: accuracy" in out
-    out, _ = start("view", "rl")
-    assert "The run rl is drawn in rl/report.html." in out
+    out, _ = start("view", "rl", "--out=page.html")
+    assert "the run rl: drawn in page.html." in out
     # Of processors, not of the clock, which says how busy the machine is.
     assert processor_seconds() - began < MINUTES * 60 * CORES
 

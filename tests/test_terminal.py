@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import unicodedata
@@ -134,3 +135,65 @@ def test_a_locale_without_the_character_shows_an_escape(tmp_path):
         [sys.executable, "-c", PROGRAM, str(tmp_path / "done")], env=plain, capture_output=True, check=True, timeout=60
     )
     assert found.stdout.startswith(b"\\u2013\x1b\\u2013")
+
+
+class Terminal(io.StringIO):
+    """A terminal: `lines` are what a person sees of what was written."""
+
+    def isatty(self):
+        return True
+
+    @property
+    def lines(self):
+        shown = [[]]
+        for part in re.split(r"(\r\x1b\[K|\n)", self.getvalue()):
+            if part == "\r\x1b[K":
+                shown[-1] = []
+            elif part == "\n":
+                shown.append([])
+            else:
+                shown[-1].append(part)
+        return ["".join(line) for line in shown]
+
+
+def test_a_passing_line_goes_whoever_writes_next(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = ProgressLine("rl", 2)
+    progress.update(1, {"loss": 1.0})
+    assert stream.lines == ["rl 1/2  ? left  loss 1"]
+    terminal.warn("a look")  # not behind the progress, but in its place
+    progress.update(2, {"loss": 0.5})
+    terminal.warn("the end")
+    assert stream.lines == ["a look", "rl 2/2  0:00 left  loss 0.5", "the end", ""]
+
+
+@pytest.mark.parametrize(
+    "about, expected", [(None, "compiling it ... 0 s"), (20.4, "compiling it, about 20 s ... 0 s")]
+)
+def test_waiting_is_one_line_that_goes(about, expected):
+    stream = Terminal()
+    waiting = terminal.Waiting("compiling it", about=about, after=0.0, stream=stream)
+    while not stream.getvalue():
+        pass
+    assert stream.lines == [expected]
+    waiting.end()
+    assert stream.lines == [""]
+    with terminal.Waiting("soon done", stream=stream):
+        pass
+    assert stream.lines == [""]
+    log = io.StringIO()
+    with terminal.Waiting("reading\x1b the data", after=0.0, stream=log):
+        assert log.getvalue() == "reading\\x1b the data ...\n"
+    assert log.getvalue().count("\n") == 1
+
+
+def test_quiet_shows_results_and_warnings_only(monkeypatch, capsys):
+    monkeypatch.setenv(terminal.QUIET, "")
+    terminal.be_quiet()
+    terminal.progress("compiled it")
+    ProgressLine("rl", 1).update(1, {})
+    with terminal.Waiting("compiling it", after=0.0):
+        terminal.say("a result")
+        terminal.warn("a warning")
+    assert capsys.readouterr() == ("a result\n", "a warning\n")

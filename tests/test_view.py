@@ -1,6 +1,7 @@
 """`pixel-jax view` draws whatever a command has left, and runs nothing of what is in it."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools import CROP_IMAGE, ROTATE
 from pixel_jax.training.writers import MetricsLog
-from pixel_jax.view import view, written_traces
+from pixel_jax.view import Source, draw, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
 from tests.rollouts import scripted_model
@@ -28,7 +29,7 @@ from tests.rollouts import scripted_model
 def look(what, tmp_path, **more):
     """What is said, and the page."""
     page = tmp_path / "page.html"
-    said = view(what, str(page), **({"most": 100} | more))
+    said = draw([what] if isinstance(what, pathlib.Path) else what, str(page), Source(**({"most": 100} | more)))
     return said, page.read_text()
 
 
@@ -68,9 +69,10 @@ def test_traces_for_tuning_show_what_their_calls_show(written, tmp_path, capsys)
         said, page = look(what, tmp_path)
         seen = Reader(page)
         assert seen.tags.count("article") == 2 and seen.runs == 0 and "onerror" not in seen.attributes
-        assert "2 traces of 3" not in said and "traces are drawn in" in said
+        assert said.startswith("2 traces of ") and "--most" not in said
     said, page = look(written, tmp_path, most=1)
-    assert "1 traces of 3, as --most says, are drawn" in said and Reader(page).tags.count("article") == 1
+    assert "has 3 traces; 1 are drawn, as --most says" in capsys.readouterr().err
+    assert said.startswith("1 traces of ") and Reader(page).tags.count("article") == 1
 
 
 def test_traces_in_another_format_and_with_other_tools(written, tmp_path):
@@ -133,9 +135,9 @@ def run(tmp_path):
 
 def test_the_page_of_a_run(run, tmp_path):
     said, page = look(run, tmp_path)
-    assert f"The run {run} is drawn in" in said
-    assert view(run / "rl", None, most=1) == f"The run {run} is drawn in {run / 'report.html'}."
-    assert (run / "report.html").read_text() == page == draw_run(run).read_text()
+    assert said == f"the run {run}: drawn in {tmp_path / 'page.html'}."
+    assert look(run / "rl", tmp_path)[1].replace(f"<h1>The run {run / 'rl'}", f"<h1>The run {run}") == page
+    assert draw_run(run).read_text() == page
     seen = Reader(page)
     assert seen.runs == 0 and "onerror" not in seen.attributes and "img" not in seen.tags and "link" not in seen.tags
     assert sum(HOSTILE in text for text in seen.texts) > 8
@@ -163,17 +165,26 @@ def test_the_page_of_an_evaluation_is_drawn_again(tmp_path):
     write_json(tmp_path / "metrics.json", {"model": HOSTILE, "first_mode": "operations", "benchmarks": {"own": one}})
     (tmp_path / "own/operations/traces").mkdir(parents=True)
     traces.save(tmp_path / "own/operations/traces/0.json", [a_trace("0")])
-    assert view(tmp_path, None, most=9) == f"The evaluation {tmp_path} is drawn in {tmp_path / 'report.html'}."
+    (tmp_path / "own/operations/results-0.jsonl").write_text("")
+    said, page = look(tmp_path, tmp_path)
+    assert said.startswith(f"the evaluation {tmp_path}: drawn in")
+    summary.redraw(tmp_path)
     seen = Reader((tmp_path / "report.html").read_text())
+    assert Reader(page).texts[3:] == seen.texts[3:]
     assert seen.tags.count("article") == 1 and seen.runs == 0 and any("75.0" in text for text in seen.texts)
     # One that is not finished has no numbers yet: what it has kept is drawn.
     (tmp_path / "metrics.json").unlink()
     said, page = look(tmp_path, tmp_path)
-    assert said.startswith("1 traces are drawn") and Reader(page).tags.count("article") == 1
+    assert said.startswith("1 traces of") and Reader(page).tags.count("article") == 1
 
 
 def test_nothing_to_draw(tmp_path):
-    with pytest.raises(UserError, match="holds no run, no evaluation and no traces"):
-        view(tmp_path, None, most=1)
-    with pytest.raises(UserError, match="nowhere.json does not hold traces"):
-        view(tmp_path / "nowhere.json", None, most=1)
+    with pytest.raises(
+        UserError, match=r"is no directory of pixel-jax sft, rl, eval or synth: it has neither sft/metrics"
+    ):
+        look(tmp_path, tmp_path)
+    with pytest.raises(UserError, match=r"there is no file or directory '.*nowhere.json'"):
+        look(tmp_path / "nowhere.json", tmp_path)
+    (tmp_path / "wrong.json").write_text("[")
+    with pytest.raises(UserError, match=r"wrong.json does not hold traces"):
+        look(tmp_path / "wrong.json", tmp_path)

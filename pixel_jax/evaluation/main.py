@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -22,6 +22,9 @@ from pixel_jax.evaluation.config import EvalConfig, Mode
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
 from pixel_jax.terminal import print_table, say, table, warn
+
+if TYPE_CHECKING:
+    from pixel_jax.dialog import Language
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
@@ -113,16 +116,34 @@ def answer(config: EvalConfig) -> None:
     """Answers all questions, in as many processes as have joined; the first one reports."""
     from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog import Language
-    from pixel_jax.evaluation.benchmarks import read
     from pixel_jax.models.io import read_network
-    from pixel_jax.parallel.processes import barrier, is_main_process
+    from pixel_jax.parallel.processes import barrier, is_main_process, waiting
     from pixel_jax.tools.named import find_format, find_tools
 
     use_limits(config.limits)
     language = Language(find_tools(config.tools), find_format(config.rollout.call_format))
     limits = config.rollout.for_model(read_network(config.model))
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
-    data = {
+    with waiting("reading the questions"):
+        data = questions_of(config, language, pictures=limits.max_images > 0)
+    out = pathlib.Path(config.out)
+    directories: Directories = {(name, mode): out / name / mode for name in data for mode in config.modes}
+    ask(config, data, directories)
+    barrier("every question is answered")
+    if is_main_process():
+        with waiting("working out the numbers"):
+            report(config, data, directories)
+
+
+Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its questions and split
+Directories = Mapping[tuple[str, Mode], pathlib.Path]  # of each benchmark in each mode
+
+
+def questions_of(config: EvalConfig, language: "Language", *, pictures: bool) -> Data:
+    """Reads the questions of all benchmarks; `pictures`: those without are refused."""
+    from pixel_jax.evaluation.benchmarks import read
+
+    return {
         name: read(
             x.format,
             x.data,
@@ -133,21 +154,11 @@ def answer(config: EvalConfig) -> None:
             sample=x.sample,
             seed=config.seed,
             language=language,
-            pictures=limits.max_images > 0,
+            pictures=pictures,
         )
         for name, x in config.benchmarks.items()
         if x.data is not None
     }
-    out = pathlib.Path(config.out)
-    directories: Directories = {(name, mode): out / name / mode for name in data for mode in config.modes}
-    ask(config, data, directories)
-    barrier("every question is answered")
-    if is_main_process():
-        report(config, data, directories)
-
-
-Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its questions and split
-Directories = Mapping[tuple[str, Mode], pathlib.Path]  # of each benchmark in each mode
 
 
 def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
@@ -162,6 +173,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.evaluation.stages import answer as answer_questions
     from pixel_jax.named import digest, is_name
     from pixel_jax.parallel import make_mesh
+    from pixel_jax.parallel.processes import waiting
     from pixel_jax.rollouts.prompts import tables
     from pixel_jax.rollouts.rollout import host_rollouts
     from pixel_jax.tools.named import find_format, find_tools
@@ -177,7 +189,8 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary, limits = Vocabulary.of(processor.tokenizer), config.rollout.for_model(model.config)
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
-    with Digests(out / f"digests-{jax.process_index()}.json") as digests:
+    cache = out / f"digests-{jax.process_index()}.json"
+    with waiting("making digests of the model's files"), Digests(cache) as digests:
         identity: dict[str, Any] = {
             "model": str(pathlib.Path(config.model).resolve()),
             **digest_model(config.model, digests),

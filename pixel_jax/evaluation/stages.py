@@ -27,6 +27,7 @@ from pixel_jax.rollouts.prompts import Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.trajectory import (
     STOP_REASONS,
+    UNREADABLE,
     Tables,
     Trajectories,
     answered_calls,
@@ -35,6 +36,7 @@ from pixel_jax.rollouts.trajectory import (
     take_rows,
     to_host,
 )
+from pixel_jax.tools.tool import Tool
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 
@@ -200,13 +202,14 @@ USUAL = EvaluationStages()
 def about(index: int, question: Example) -> Record:
     """The part of a record that describes the question."""
     known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answer)}
+    known |= {"question": question.question}
     return known | ({"fields": dict(question.fields)} if question.fields else {})
 
 
 def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
     """The record of a question that could not be asked: it is wrong, and counts in no rate of operations."""
     nothing = dict.fromkeys(
-        ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
+        ("operations", "executed", "failed", "calls", "tools", "unrecognised", "tokens", "stop", "responses"), []
     )
     wrong = {"given": [None] * answers, "score": [0.0] * answers, "accuracy": [0.0] * answers}
     return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
@@ -223,11 +226,18 @@ def record_of(index: int, question: Example, judged: Judged, rows: slice, langua
         "executed": answered_calls(t).tolist(),
         "failed": failed_calls(t).tolist(),
         "calls": t.num_calls.tolist(),
+        "tools": [called_tools(t, row, language.tools) for row in range(len(texts))],
         "unrecognised": [len(unrecognised_turns(text, language)) for text in texts],
         "tokens": np.sum(t.loss_mask, axis=1).tolist(),
         "stop": [STOP_REASONS[int(x)] for x in t.stop],
         "responses": texts,
     }
+
+
+def called_tools(t: Trajectories, row: int, tools: Sequence[Tool]) -> list[str]:
+    """The names of the tools that the calls of a row named, in order; "" of a call in which none could be read."""
+    names = [tool.name for tool in tools]
+    return ["" if tool == UNREADABLE else names[tool] for tool in t.calls.tool[row, : t.num_calls[row]].tolist()]
 
 
 def draw(context: EvaluationContext, judged: Judged, at: int, entry: Record) -> None:
@@ -241,9 +251,11 @@ def draw(context: EvaluationContext, judged: Judged, at: int, entry: Record) -> 
         0,
         query,
         context.policy.vocabulary,
+        tools=tools,
         answer=entry["given"][0],
         reference=" / ".join(question.answer),
         correct=entry["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
+        category=question.category,
     )
     transcript.save(context.directory / "traces" / f"{asked.numbers[at]}.json", [conversation])

@@ -164,8 +164,10 @@ def _traces(path: pathlib.Path) -> list[transcript.Transcript]:
         return []
 
 
-def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str, str], pathlib.Path]) -> str:
-    """The report: the table, paired tests, and transcripts from {(benchmark, mode): directory}."""
+def sections_of(
+    metrics: Mapping[str, Any], directories: Mapping[tuple[str, str], pathlib.Path]
+) -> list[tuple[str, str]]:
+    """The sections of the report, for `report.page`: table, paired tests, transcripts from {(benchmark, mode): directory}."""
     benchmarks = metrics["benchmarks"]
     tests = [
         report.paragraph(f"{name}: {sentence(metrics['first_mode'], mode, test)}")
@@ -196,15 +198,25 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         shown = [report.transcript(item) for path in files for item in _traces(path)]
         if shown:
             sections.append((f"{name}, {mode}", "".join(shown)))
-    return report.page(title, sections, metrics)
+    return sections
 
 
-def redraw(out: pathlib.Path, place: str | None = None) -> pathlib.Path | None:
-    """Writes the page of the evaluation in the directory `out` and returns its path; None: there is no evaluation."""
+def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str, str], pathlib.Path]) -> str:
+    """The report as a whole page, with the numbers embedded."""
+    return report.page(title, sections_of(metrics, directories), metrics)
+
+
+def evaluated(out: pathlib.Path) -> tuple[dict[str, Any], dict[tuple[str, str], pathlib.Path]] | None:
+    """The numbers of the evaluation in the directory `out`, and {(benchmark, mode): directory}; None: none has ended there."""
     metrics = read_note(out / "metrics.json")
     if metrics is None or not isinstance(metrics.get("benchmarks"), dict):
         return None
-    directories = {(name, mode): out / name / mode for name, x in metrics["benchmarks"].items() for mode in x["modes"]}
-    page_at = out / "report.html" if place is None else pathlib.Path(place)
-    report.write(page_at, page(f"Evaluation of {metrics.get('model')}", metrics, directories))
-    return page_at
+    return metrics, {
+        (name, mode): out / name / mode for name, x in metrics["benchmarks"].items() for mode in x["modes"]
+    }
+
+
+def redraw(out: pathlib.Path) -> None:
+    """Writes the page of the evaluation in the directory `out` into it."""
+    if (found := evaluated(out)) is not None:
+        report.write(out / "report.html", page(f"Evaluation of {found[0].get('model')}", *found))

@@ -1,6 +1,7 @@
 """Transcripts of trajectories for people to read: the images with the boxes on them, the crops, and the text."""
 
 import base64
+import codecs
 import dataclasses
 import functools
 import io
@@ -22,11 +23,12 @@ from pixel_jax.dialog.observations import observation_text
 from pixel_jax.dialog.template import SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
-from pixel_jax.files import FileError, read_json, write_file
+from pixel_jax.files import MAX_BYTES, FileError, read_json, write_file
 from pixel_jax.models.inputs import Visual
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import STOP_REASONS, CallStatus, Trajectories
 from pixel_jax.terminal import brief
+from pixel_jax.tools.tool import Tool
 
 END = SPECIAL_TOKENS["im_end"]
 URI = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]*={0,2}")
@@ -57,6 +59,13 @@ class ShownTurn:
     text: str
     pictures: tuple[Picture, ...] = ()
     failed: bool = False
+    tool: str = ""  # whose observation it is; "": it is not known, or the call named none
+    pieces: tuple[str, ...] = ()  # the tokens that the model chose, as text; none where they were written, not sampled
+    log_probs: tuple[float, ...] = ()  # natural logarithms of the probabilities with which it chose them
+
+    def __post_init__(self):
+        if len(self.pieces) != len(self.log_probs):
+            raise ValueError(f"a turn has {len(self.pieces)} tokens and {len(self.log_probs)} log-probabilities")
 
 
 @dataclasses.dataclass
@@ -75,6 +84,7 @@ class Transcript:
     reward: float | None = None  # known in training only
     advantage: float | None = None  # relative to the other rows of its group
     terms: dict[str, float] = dataclasses.field(default_factory=dict)  # summands of the reward, by name
+    category: str = ""  # of the question
 
 
 LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
@@ -107,6 +117,7 @@ def make_transcript(
     query: Query,
     vocabulary: Vocabulary,
     *,
+    tools: Sequence[Tool] = (),
     side: int | None = None,
     **known: Any,
 ) -> Transcript:
@@ -117,6 +128,7 @@ def make_transcript(
         row: index of the row.
         query: the query that the row answers.
         vocabulary: the vocabulary of the tokens.
+        tools: the tools that calls name, in the order of the tables; none: their names are left out.
         side: longest side of a picture in it, in pixels; larger ones are shrunk. None: no picture is.
         **known: further fields of the `Transcript`, `answer` and those below it.
     """
@@ -144,17 +156,19 @@ def make_transcript(
     written, answered = _messages(t, row, vocabulary)
     turns = []
     for call, ids in enumerate(answered):
-        turns.append(ShownTurn("assistant", written[call]))
+        turns.append(written[call])
         is_pad = ids == vocabulary.image_pad
         first_pads = np.diff(is_pad, prepend=False) & is_pad  # the first pad token of each image
         images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(first_pads))))
         failed = t.calls.status[row, call] != CallStatus.DONE
-        turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
+        called = int(t.calls.tool[row, call])
+        name = tools[called].name if 0 <= called < len(tools) else ""
+        turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed), tool=name))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
         for image, region in zip(source.image, source.region, strict=True):
             if image >= 0:  # else the region is of a picture that a tool made; no boxes are drawn on those
                 boxes[image].append((call + 1, *region))
-    turns.append(ShownTurn("assistant", written[-1]))
+    turns.append(written[-1])
     return Transcript(
         question=query.question,
         pictures=tuple(draw(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),
@@ -177,22 +191,36 @@ def _picture(
     return Picture(data_uri(image), width, height, caption, tuple(boxes))
 
 
-def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[str], list[np.ndarray]]:
-    """The texts of the policy's turns, and the ids of the observations between them.
+def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[ShownTurn], list[np.ndarray]]:
+    """The policy's turns, and the ids of the observations between them.
 
     Turns are told apart by the loss mask, not by the tokens, because the policy may write any token. Outside its turns all
     special tokens are the template's: texts have none.
     """
     valid = np.asarray(t.valid[row])
     ids, loss_mask = np.asarray(t.tokens[row])[valid], np.asarray(t.loss_mask[row])[valid]
-    runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
+    edges = np.flatnonzero(np.diff(loss_mask)) + 1
+    runs, log_probs = np.split(ids, edges), np.split(np.asarray(t.logprobs[row])[valid], edges)
     if len(runs) % 2:  # the row ends with an observation
         runs.append(ids[:0])
+        log_probs.append(np.zeros(0))
     # The prompt ends where the assistant begins; a prefix of its first turn may follow.
     decode = lambda run: vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace")
     texts = [decode(run).removesuffix(END) for run in runs[1::2]]
     texts[0] = decode(runs[0]).rpartition(flatten(vocabulary.layout.after))[2] + texts[0]
-    return texts, runs[2::2]
+    sampled = any(np.any(x) for x in log_probs)  # those of a trace that was written are zeros
+    turns = [
+        ShownTurn("assistant", text, **(_chosen(run, x, vocabulary) if sampled else {}))
+        for text, run, x in zip(texts, runs[1::2], log_probs[1::2], strict=True)
+    ]
+    return turns, runs[2::2]
+
+
+def _chosen(ids: np.ndarray, log_probs: np.ndarray, vocabulary: Vocabulary) -> dict[str, Any]:
+    """The tokens of a turn and their log-probabilities. A character of several tokens stands with the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = tuple(decoder.decode(vocabulary.to_bytes([token])) for token in ids.tolist())
+    return {"pieces": pieces, "log_probs": tuple(np.round(log_probs.astype(np.float64), 4).tolist())}
 
 
 def _name(query: Query, index: int) -> str:
@@ -234,13 +262,13 @@ def save(path: str | os.PathLike, transcripts: Sequence[Transcript]) -> None:
     write_file(path, json.dumps([*map(as_document, transcripts)]))
 
 
-def load(path: str | os.PathLike) -> list[Transcript]:
-    """Reads the transcripts of a file that `save` wrote. The file is not trusted.
+def load(path: str | os.PathLike, limit: int = MAX_BYTES) -> list[Transcript]:
+    """Reads the transcripts of a file that `save` wrote, of at most `limit` bytes. The file is not trusted.
 
     Raises:
         FileError: the file is not as `save` writes it.
     """
-    rows = read_json(path)
+    rows = read_json(path, limit=limit)
     if not isinstance(rows, list):
         raise FileError(f"{os.fspath(path)!r} holds {type(rows).__name__}, not a list of traces")
     try:

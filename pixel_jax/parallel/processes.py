@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,11 @@ def say(text: str) -> None:
     """Prints a line, in the main process only."""
     if is_main_process():
         terminal.say(text)
+
+
+def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
+    """Says what the program is doing during the block if that takes a while (`terminal.Waiting`), in the main process only."""
+    return terminal.Waiting(what) if is_main_process() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

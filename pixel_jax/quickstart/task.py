@@ -252,10 +252,12 @@ def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
                 0,
                 query,
                 task.vocabulary,
+                tools=task.tables.tools,
                 answer=last_boxed(answers.texts[row]),
                 reference=str(scene.label),
                 correct=bool(answers.right[row]),
                 title=f"{label}: scene {row + 1}, {name(scene)}",
+                category=name(scene),
             )
         )
     return conversations

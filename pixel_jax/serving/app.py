@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,20 +21,16 @@ from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.serving.conversation import Speaker
 from pixel_jax.serving.engine import BusyError, ClosedError, Ended, Engine, Event, Job
+from pixel_jax.serving.http import LOOPBACK, foreign_name
 from pixel_jax.serving.metrics import CONTENT_TYPE, Metrics
 from pixel_jax.serving.protocol import Answer, ChatRequest, RequestError, read_request
 from pixel_jax.serving.session import Saw, Wrote
 
 BODY_SECONDS = 30.0  # the time within which the body of a request must arrive
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
 class Gate:
-    """Accepts requests from a known Host and Origin, with the key if one is set.
-
-    A page in a browser can send requests to any address, also by a foreign name that resolves to it (DNS rebinding). Such a
-    request has a foreign Host or Origin.
+    """Accepts requests from a known Host and Origin (`foreign_name`), with the key if one is set.
 
     Args:
       hosts: names of the server, without ports, in lower case.
@@ -68,35 +63,20 @@ class Gate:
 
     def check(self, scope: Scope) -> None:
         """Checks a request. RequestError: it is refused."""
-        headers: dict[bytes, list[bytes]] = {}
-        for name, value in scope["headers"]:
-            headers.setdefault(name, []).append(value)
-        hosts = headers.get(b"host", [])
-        if len(hosts) != 1 or not self._known(hosts[0]):
-            raise self._foreign("Host", hosts)
-        for origin in headers.get(b"origin", []):
-            scheme, _, authority = origin.partition(b"://")
-            if scheme not in (b"http", b"https") or not self._known(authority):
-                raise self._foreign("Origin", [origin])
+        if (foreign := foreign_name(scope, self.hosts)) is not None:
+            header, value = foreign
+            known = ", ".join(sorted(self.hosts))
+            raise RequestError(
+                f"the {header} {value!r} is none of this server's names ({known}): start it with --allowed_hosts to add one",
+                status=403,
+                code="foreign_host",
+            )
         if self.key is not None and scope["path"] != "/health":
-            authorization = headers.get(b"authorization", [b""])[0]
+            authorization = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             if not hmac.compare_digest(authorization, b"Bearer " + self.key.encode()):
                 raise RequestError(
                     "send the server's API key as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
                 )
-
-    def _known(self, authority: bytes) -> bool:
-        matched = AUTHORITY.fullmatch(authority.decode("latin-1").lower())
-        return matched is not None and matched[1] in self.hosts
-
-    def _foreign(self, header: str, values: list[bytes]) -> RequestError:
-        foreign = b", ".join(values).decode("latin-1")[:100]
-        known = ", ".join(sorted(self.hosts))
-        return RequestError(
-            f"the {header} {foreign!r} is none of this server's names ({known}): start it with --allowed_hosts to add one",
-            status=403,
-            code="foreign_host",
-        )
 
 
 class Completions:
@@ -237,7 +217,7 @@ class Completions:
 
         def drawn() -> dict[str, Any]:
             materialized = materialize_on_host(row, images, speaker.tables.tools, speaker.config)
-            return as_document(make_transcript(materialized, 0, query, speaker.vocabulary))
+            return as_document(make_transcript(materialized, 0, query, speaker.vocabulary, tools=speaker.tables.tools))
 
         return await asyncio.get_running_loop().run_in_executor(self.threads, drawn)
 

@@ -3,17 +3,17 @@
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import os
 import pathlib
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.serving.http import bracketed, listen, make_server
 from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.signals import SIGNALS
 from pixel_jax.terminal import say
@@ -107,11 +107,6 @@ def main(command: str, arguments: list[str]) -> None:
         say("All requests are answered.")
 
 
-def bracketed(host: str) -> str:
-    """Writes an address as URLs do: IPv6 in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
 def named_directories(arguments: Sequence[str]) -> Mapping[str, str]:
     """Reads NAME=DIR arguments: name -> directory; by default the folder's name. UserError: two have one name."""
     directories: dict[str, str] = {}
@@ -155,36 +150,9 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
     return prompt_shape(images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Opens a socket that listens. UserError: the address cannot be bound."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen()  # a client that connects before requests are answered waits, and is not refused
-    except OSError as error:
-        why = f"--host={host} --port={port} cannot be listened at: {error.strerror or error}"
-        raise UserError(why + "; --port=0 takes one that is free" * (error.errno == errno.EADDRINUSE)) from None
-    return listener
-
-
 async def serve(app: "ASGIApp", engine: "Engine", listener: socket.socket) -> None:
     """Answers requests until SIGTERM or Ctrl-C. Then new requests get 503, and it returns when the others are answered."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        """A server that leaves signals to `SIGNALS`, as all commands do."""
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            yield
-
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, date_header=False, timeout_keep_alive=30,
-        h11_max_incomplete_event_size=1 << 16, http="h11", lifespan="off", ws="none",
-    )  # fmt: skip
-    server = Server(config)
+    server = make_server(app)
 
     async def watch() -> None:
         while not (SIGNALS.told or engine.failed is not None):

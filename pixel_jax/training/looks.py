@@ -150,6 +150,7 @@ class Asker:
             if i in mine[:row]:  # a repetition that fills the batch
                 continue
             known: dict[str, Any] = {"answer": given_answer(texts[row]), "title": example.id}
+            known |= {"category": example.category, "tools": self.by.tables.tools}
             if example.answer:
                 known |= {
                     "reference": " / ".join(references_of(example.answer)),
@@ -277,6 +278,7 @@ def draw_rollouts(
         example, at = questions.examples[row // n], divmod(first_row + row, n)
         is_video = bool(questions.prompts.is_video[row // n])
         known = {"answer": given_answer(text), "title": getattr(example, "id", "")}
+        known |= {"category": getattr(example, "category", ""), "tools": questions.prompts.tables.tools}
         known |= {"reward": float(scored.reward[at]), "advantage": float(weighed.advantage[at])}
         known["terms"] = {name: float(values[at]) for name, values in scored.terms.items()}
         if scored.correct is not None:

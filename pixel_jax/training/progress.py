@@ -1,6 +1,8 @@
 """Output on the terminal: progress, remaining time, and the compilation of programs."""
 
+import contextlib
 import os
+import pathlib
 import shutil
 import sys
 import time
@@ -8,33 +10,61 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from pixel_jax.terminal import printable, put, say
+from pixel_jax.state_files import read_note, write_json
+from pixel_jax.terminal import Waiting, is_live, is_quiet, leave_line, printable, progress, put
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
+# What programs are called when they are compiled; others by the name of their function.
+PROGRAMS: Mapping[str, str] = {
+    "compiled_rollout": "the rollout",
+    "rl_step": "the training step (rl)",
+    "sft_step": "the training step (sft)",
+    "score_step": "the scoring of answers",
+    "_cut_patches": "the cutting of pictures",
+    "_respond": "the answers of tools",
+    "_advanced": "the writing of answers",
+    "new_model": "the new model",
+}
+WORTH_NOTING = 1.0  # seconds; what compiles faster is not noted
+_seconds: dict[str, float] = {}  # that compiling took the last time, by the name of the function
+_noted: list[pathlib.Path] = []  # the file that holds them, once it is known
+
+
 def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
-    """Announces on the terminal when the compilation of a program begins and ends.
+    """Says when a program is being compiled, with the seconds that it took the last time, and when that has ended.
 
     Programs whose lowering takes less than `minimum` seconds are not announced. Call it once, when a process starts.
 
     Returns:
         A function that ends the announcements.
     """
-    announced: set[str] = set()
+    waiting: dict[str, Waiting] = {}
 
     def listen(event: str, duration_secs: float, **details: str | int) -> None:
         name = str(details.get("fun_name", "a program"))
-        if event == LOWERED and duration_secs >= minimum:
-            announced.add(name)
-            say(f"compiling {name} ...", stream or sys.stderr)
-        elif event == COMPILED and name in announced:
-            announced.discard(name)
-            say(f"compiled {name} in {duration_secs:.1f} s", stream or sys.stderr)
+        if event == LOWERED and duration_secs >= minimum and name not in waiting:
+            called = f"compiling {PROGRAMS.get(name, name)}"
+            waiting[name] = Waiting(called, about=_seconds.get(name), after=0.0, stream=stream)
+        elif event == COMPILED and name in waiting:
+            waiting.pop(name).end()
+            progress(f"compiled {PROGRAMS.get(name, name)} in {duration_secs:.1f} s", stream)
+            _note_seconds(name, duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _note_seconds(name: str, seconds: float) -> None:
+    """Remembers how long compiling took. A program that was only read from the cache took less, and is not noted."""
+    if seconds < max(WORTH_NOTING, _seconds.get(name, 0.0) / 2):
+        return
+    _seconds[name] = round(seconds, 1)
+    for path in _noted:
+        with contextlib.suppress(OSError):  # nobody waits for this
+            write_json(path, _seconds)
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
@@ -47,7 +77,11 @@ def use_compilation_cache(directory: str | os.PathLike) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    say(f"compiled programs are kept in {jax.config.values['jax_compilation_cache_dir']}", sys.stderr)
+    place = jax.config.values["jax_compilation_cache_dir"]
+    _noted[:] = [pathlib.Path(place) / "seconds.json"]
+    found = read_note(_noted[0]) or {}
+    _seconds.update({name: float(x) for name, x in found.items() if isinstance(x, int | float)})
+    progress(f"compiled programs are kept in {place}")
 
 
 def clock(seconds: float) -> str:
@@ -63,12 +97,14 @@ class ProgressLine:
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
         self.label, self.total, self.start = label, total, start
         self.stream = stream or sys.stderr
-        self.live = self.stream is not None and not self.stream.closed and self.stream.isatty()
+        self.live = is_live(self.stream)
         self.every = 0.2 if self.live else every
         self.began, self.shown = None, None
 
     def update(self, done: int, metrics: Mapping[str, float], remark: str = "") -> None:
         """Shows that `done` of `total` steps are done, with a remark and metrics, the most important first."""
+        if is_quiet():
+            return
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
@@ -81,6 +117,8 @@ class ProgressLine:
         line = f"{printable(self.label)} {done}/{self.total}  {remaining} left  {prefix}{shown}"
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]
-            put("\r\x1b[K" + line + ("\n" if done >= self.total else ""), self.stream)
+            put(line, self.stream, passing=True)
+            if done >= self.total:
+                leave_line()
         else:
             put(line + "\n", self.stream)

@@ -150,6 +150,7 @@ def check_drawn(kept, queries, prompts, config):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
         known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
         known["terms"] = {"answer": row % 2, "my:own": row / 4 - row % 2}
+        known["tools"] = prompts.tables.tools
         assert item == make_transcript(pixels, row, queries[row // 4], scripted_model.vocabulary(), **known)
     drawn = draw_rollouts(weighed, range(16), scripted_model.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)

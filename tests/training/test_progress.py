@@ -1,11 +1,21 @@
 """What a run says about itself."""
 
 import io
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.training.progress import ProgressLine, announce_compiles, clock, use_compilation_cache
+from pixel_jax.training import progress
+from pixel_jax.training.progress import (
+    COMPILED,
+    LOWERED,
+    ProgressLine,
+    announce_compiles,
+    clock,
+    use_compilation_cache,
+)
 from pixel_jax.training.writers import MetricsLog, read_metrics
 
 
@@ -15,9 +25,9 @@ def test_clock():
 
 def test_a_log_file_gets_whole_lines_and_the_last_one():
     stream = io.StringIO()
-    progress = ProgressLine("sft", 3, stream=stream, every=1e9)
+    shown = ProgressLine("sft", 3, stream=stream, every=1e9)
     for done in (1, 2, 3):
-        progress.update(done, {"loss": 1 / done})
+        shown.update(done, {"loss": 1 / done})
     lines = stream.getvalue().splitlines()
     assert len(lines) == 2  # the first, and the end; nothing in between within `every` seconds
     assert lines[0].startswith("sft 1/3  ? left  loss 1") and lines[1].startswith("sft 3/3  0:00 left  loss 0.3333")
@@ -89,3 +99,27 @@ def test_compilations_are_announced_before_they_end():
     stop()
     jax.jit(lambda x: a_peculiar_function(x) * 2)(jnp.ones(4))
     assert len([line for line in stream.getvalue().splitlines() if "a_peculiar_function" in line]) == len(lines)
+
+
+def test_compiling_says_what_it_is_and_how_long_it_took_the_last_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_seconds", {})
+    monkeypatch.setattr(progress, "_noted", [tmp_path / "seconds.json"])
+    stream = io.StringIO()
+    stop = announce_compiles(stream=stream)
+    try:
+        for seconds in (20.0, 0.3):  # the second was only read from the cache
+            jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="compiled_rollout")
+            jax.monitoring.record_event_duration_secs(COMPILED, seconds, fun_name="compiled_rollout")
+        jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="compiled_rollout")
+    finally:
+        stop()
+    first, done, again, read, third = stream.getvalue().splitlines()
+    assert (first, done) == ("compiling the rollout ...", "compiled the rollout in 20.0 s")
+    assert again == third == "compiling the rollout, about 20 s ..." and read == "compiled the rollout in 0.3 s"
+    assert json.loads((tmp_path / "seconds.json").read_text()) == {"compiled_rollout": 20.0}
+
+
+def test_the_programs_that_have_names_are_there():
+    source = "".join(path.read_text() for path in pathlib.Path(progress.__file__).parents[1].rglob("*.py"))
+    for name in progress.PROGRAMS:
+        assert f"def {name}(" in source or f'"{name}"' in source.replace(f'"{name}":', ""), name
