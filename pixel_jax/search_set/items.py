@@ -137,18 +137,20 @@ def background(rng: np.random.Generator, photograph: Photograph, size: Size) -> 
     return np.array(part)
 
 
-def draw_item(rng: np.random.Generator, photograph: Photograph, tier: Tier, kind: Kind, difficulty: Difficulty) -> Item:
+def draw_item(
+    rng: np.random.Generator, image: np.ndarray, tier: Tier, kind: Kind, difficulty: Difficulty, photograph: str = ""
+) -> Item:
     """Draws an item.
 
     Args:
         rng: of everything that is drawn.
-        photograph: of the background, large enough for the tier.
+        image: the background, uint8 [h, w, 3] of the tier's size, which is changed in place.
         tier: of the picture.
         kind: of the question.
         difficulty: easy, with one thing on a landmark; medium, with others beside it; hard, with others, smaller and (but for
             the miniature tier) without landmarks.
+        photograph: the name of that of the background.
     """
-    image = background(rng, photograph, tier.size)
     height = tier.marks[DIFFICULTIES.index(difficulty)]
     make = {"letter": _letter, "colour": _colour, "side": _side, "digit": _digit, "larger": _larger}[kind]
     some, question, options, answer = make(rng, tier, difficulty, height)
@@ -165,7 +167,7 @@ def draw_item(rng: np.random.Generator, photograph: Photograph, tier: Tier, kind
             things.hide(image, inner, x + dx, y + dy, tier.factor)
             if one.asked:
                 boxes.append((x + dx, y + dy, x + dx + inner.cover.shape[1], y + dy + inner.cover.shape[0]))
-    return Item(image, question, tuple(options), answer, tuple(boxes), kind, difficulty, photograph.name)
+    return Item(image, question, tuple(options), answer, tuple(boxes), kind, difficulty, photograph)
 
 
 Made = tuple[list[Thing], str, Sequence[str], str]  # things, question, options, answer

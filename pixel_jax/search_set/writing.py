@@ -20,7 +20,7 @@ from PIL import Image
 from pixel_jax.data.example import Example
 from pixel_jax.data.sources import Embedded
 from pixel_jax.files import write_file
-from pixel_jax.search_set.items import DIFFICULTIES, TIERS, Item, Tier, draw_item, suitable
+from pixel_jax.search_set.items import DIFFICULTIES, TIERS, Item, Tier, background, draw_item, suitable
 from pixel_jax.search_set.photographs import SHARES, Photograph, in_folder, packaged, split_of
 from pixel_jax.state_files import write_json
 from pixel_jax.training.progress import ProgressLine
@@ -81,7 +81,8 @@ def make_item(photographs: Sequence[Photograph], tier: Tier, split: str, number:
     rng = np.random.default_rng([seed, list(TIERS).index(tier.name), list(SHARES).index(split), number])
     kind = tier.kinds[number % len(tier.kinds)]
     difficulty = DIFFICULTIES[number // len(tier.kinds) % len(DIFFICULTIES)]
-    return draw_item(rng, photographs[rng.integers(len(photographs))], tier, kind, difficulty)
+    photograph = photographs[rng.integers(len(photographs))]
+    return draw_item(rng, background(rng, photograph, tier.size), tier, kind, difficulty, photograph.name)
 
 
 def encoded(item: Item) -> bytes:

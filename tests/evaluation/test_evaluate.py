@@ -198,11 +198,11 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
 
 
 def test_without_operations_no_tools_are_offered(questions):
-    limits = stages.rollout_config(LIMITS, "none", 3584)
-    assert limits.max_calls == 0 and not limits.blank
+    limits = Exam(BENCHMARK, LIMITS, "none").limits
+    assert limits.max_calls == 0 and not limits.blank and limits.max_side == BENCHMARK.max_side
     words = scripted_model.vocabulary()
     for mode, offered in {"operations": True, "blank": True, "none": False}.items():
-        ids = prompt_tokens(questions[1].query(), words, LIMITS, stages.guidelines(mode))
+        ids = prompt_tokens(questions[1].query(), words, LIMITS, Exam(BENCHMARK, LIMITS, mode).guidelines)
         assert (b"crop_image_normalized" in words.to_bytes(ids)) is offered
 
 
