@@ -2,8 +2,8 @@
 
 Writes the tier, trains the quickstart's recipe on its training split (`configs/pixel/search_quickstart.py`), and asks the warm
 start and both arms about its test split in every mode (`configs/pixel/search_eval.py`): without looking, with the overview, with
-the evidence cut out, with operations, with operations that show grey. `OUT/baselines.json` has the numbers. Started again, it goes
-on where it ended.
+the evidence cut out, with operations, with operations that show grey. `OUT/baselines.json` has the numbers. Started again, it
+goes on where it ended.
 """
 
 import argparse

@@ -313,10 +313,10 @@ def _framed(shape: str, letter: str, height: int, tier: Tier, *, asked: bool) ->
     """A letter inside the outline of a shape."""
     side = round(2.4 * height)
     text, cover = things.glyph(letter, height), things.outline(shape, side, _line(tier)).copy()
-    x = (side - text.shape[1]) // 2
-    y = side - height - round(0.18 * side) if shape == "triangle" else (side - height) // 2
-    place = cover[y : y + height, x : x + text.shape[1]]
-    np.maximum(place, text[: place.shape[0]], out=place)
+    high, wide = text.shape  # about `height`: fonts have whole sizes
+    x, y = (side - wide) // 2, side - high - round(0.18 * side) if shape == "triangle" else (side - high) // 2
+    place = cover[y : y + high, x : x + wide]
+    np.maximum(place, text, out=place)
     return _bare(Patch(np.full((1, 1, 3), np.nan, np.float32), cover), asked=asked)
 
 

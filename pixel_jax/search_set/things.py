@@ -70,7 +70,7 @@ def cut_out(name: str, side: int) -> Patch:
 
 @functools.cache
 def glyph(text: str, height: int) -> np.ndarray:
-    """How much of each pixel the text covers, in Pillow's own font: float32 [height, w], 0 to 1."""
+    """How much of each pixel the text covers, in Pillow's own font and about as high as asked: float32 [h, w], 0 to 1."""
     size = height
     for _ in range(8):  # the font's size is that of its line; its capitals are lower
         left, top, right, bottom = ImageFont.load_default(size).getbbox(text)
