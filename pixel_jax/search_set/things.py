@@ -25,7 +25,7 @@ CUT_OUTS = {
     "horse": ("horse.png", None),
 }
 BROWN = (120, 72, 35)  # of the horse, which is a silhouette
-ROUNDS = 12  # of `hide`; what the overview shows halves in each
+ROUNDS = 8  # of `hide`; in each what the overview shows becomes half or less
 
 
 class Patch(NamedTuple):
