@@ -46,13 +46,13 @@ def read_vstar(
     examples = []
     for where, row in _json_lines(path):
         get = _fields(where, row)
-        category = get("category", str)
+        category, label = get("category", str), get("label", str)
         image = _image(where, get("image", str), images or path.parent, others)
         examples.append(
             Example(
                 id=f"{category}-{get('question_id', str | int)}",
                 question=get("text", str),
-                answer=(get("label", str),),
+                answer=(label,),
                 images=(image,),
                 category=category,
                 fields=_vstar_boxes(image.with_suffix(".json")),

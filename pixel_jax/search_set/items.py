@@ -24,6 +24,7 @@ DISTRACTORS = 4  # things that are not asked about, in items that are not easy
 OPTIONS = 4  # of a question about a letter or a colour
 ENLARGED = 1.5  # times that a photograph may be enlarged
 ASIDE = 0.12  # of the picture's side, by which two things at least differ in a question about their places
+CONTRAST = 110  # levels between ink and what it is on, before it is hidden
 TRIES = 200  # places that are tried for a thing before all are placed anew
 
 DIGIT_QUESTION = "What is the digit on the card?"  # the quickstart's
@@ -144,7 +145,7 @@ def draw_item(
 
     Args:
         rng: of everything that is drawn.
-        image: the background, uint8 [h, w, 3] of the tier's size, which is changed in place.
+        image: the background, uint8 [h, w, 3] of the tier's size, in which landmarks are pasted.
         tier: of the picture.
         kind: of the question.
         difficulty: easy, with one thing on a landmark; medium, with others beside it; hard, with others, smaller and (but for
@@ -158,10 +159,12 @@ def draw_item(
     places = _places(rng, [x.size for x in some], tier.size, apart=apart)
     if apart:  # the question is about where the first two lie
         question, options, answer = _about_sides(rng, question, places)
-    boxes = []
     for one, (x, y) in zip(some, places, strict=True):
         if one.landmark is not None:
             things.paste(image, one.landmark, x, y)
+    image = things.faded(image, rng, tier.factor)
+    boxes = []
+    for one, (x, y) in zip(some, places, strict=True):
         for mark, (dx, dy) in one.marks:
             inner = _inked(mark, image, x + dx, y + dy)
             things.hide(image, inner, x + dx, y + dy, tier.factor)
@@ -183,7 +186,7 @@ def _letter(rng: np.random.Generator, tier: Tier, difficulty: Difficulty, height
         shapes = _chosen(rng, things.SHAPES, len(things.SHAPES))
         chosen = [shapes[0], *(shapes[1 + i % (len(shapes) - 1)] for i in range(count - 1))]
         some = [
-            _framed(shape, letter, height, tier, asked=i == 0)
+            framed(shape, letter, height, tier, asked=i == 0)
             for i, (shape, letter) in enumerate(zip(chosen, letters, strict=True))
         ]
         return some, f"Which letter is inside the {shapes[0]}?", options, answer
@@ -203,7 +206,9 @@ def _colour(rng: np.random.Generator, tier: Tier, difficulty: Difficulty, height
     shapes = _chosen(rng, things.SHAPES, len(things.SHAPES))
     chosen = [shapes[0], *(shapes[1 + i % (len(shapes) - 1)] for i in range(count - 1))]
     colours = [answer, *(wrong[i % len(wrong)] for i in range(count - 1))]
-    marks = [_shape(shape, things.COLOURS[colour], height, tier) for shape, colour in zip(chosen, colours, strict=True)]
+    marks = [
+        shape_mark(shape, things.COLOURS[colour], height, tier) for shape, colour in zip(chosen, colours, strict=True)
+    ]
     question = f"What colour is the {shapes[0]}?"
     if difficulty == "hard":
         return [_bare(mark, asked=i == 0) for i, mark in enumerate(marks)], question, options, answer
@@ -281,12 +286,13 @@ def _written(text: str, height: int) -> Patch:
 
 
 def _inked(mark: Patch, image: np.ndarray, x: int, y: int) -> Patch:
-    """A mark with its colour; ink is black on what is bright and white on what is dark."""
+    """A mark with its colour; ink is darker than what is bright and brighter than what is dark."""
     if not np.isnan(mark.colour).any():
         return mark
     height, width = mark.cover.shape
-    bright = float(image[y : y + height, x : x + width].mean()) > 110
-    return things.plain(mark.cover, (10, 10, 10) if bright else (250, 250, 250))
+    around = image[y : y + height, x : x + width].mean(axis=(0, 1))
+    ink = around - CONTRAST if around.mean() > 127 else around + CONTRAST
+    return things.plain(mark.cover, np.clip(ink, 0, 255))
 
 
 def _line(tier: Tier) -> float:
@@ -294,7 +300,7 @@ def _line(tier: Tier) -> float:
     return tier.factor / 2
 
 
-def _shape(shape: str, colour: tuple[int, int, int], side: int, tier: Tier) -> Patch:
+def shape_mark(shape: str, colour: tuple[int, int, int], side: int, tier: Tier) -> Patch:
     """The outline of a shape, twice, one inside the other, so that much of it has its colour."""
     cover, inner, line = things.outline(shape, side, _line(tier)), side // 2, _line(tier)
     cover = cover.copy()
@@ -309,15 +315,21 @@ def _bare(mark: Patch, *, asked: bool) -> Thing:
     return Thing(((mark, (0, 0)),), None, mark.cover.shape[::-1], asked)
 
 
-def _framed(shape: str, letter: str, height: int, tier: Tier, *, asked: bool) -> Thing:
+def framed(shape: str, letter: str, height: int, tier: Tier, *, asked: bool) -> Thing:
     """A letter inside the outline of a shape."""
     side = round(2.4 * height)
     text, cover = things.glyph(letter, height), things.outline(shape, side, _line(tier)).copy()
     high, wide = text.shape  # about `height`: fonts have whole sizes
-    x, y = (side - wide) // 2, side - high - round(0.18 * side) if shape == "triangle" else (side - high) // 2
+    x, y = place_in_frame(shape, side, (wide, high))
     place = cover[y : y + high, x : x + wide]
     np.maximum(place, text, out=place)
     return _bare(Patch(np.full((1, 1, 3), np.nan, np.float32), cover), asked=asked)
+
+
+def place_in_frame(shape: str, side: int, letter: Size) -> tuple[int, int]:
+    """The upper left corner of a letter inside the outline of a shape."""
+    x = (side - letter[0]) // 2
+    return x, side - letter[1] - round(0.18 * side) if shape == "triangle" else (side - letter[1]) // 2
 
 
 def _on_landmark(name: str, mark: Patch, tier: Tier, *, asked: bool) -> Thing:

@@ -25,6 +25,8 @@ CUT_OUTS = {
     "horse": ("horse.png", None),
 }
 BROWN = (120, 72, 35)  # of the horse, which is a silhouette
+RANGE = (40, 215)  # levels of a picture's black and white
+GRAIN = 4.0  # levels, standard deviation of the grain
 ROUNDS = 8  # of `hide`; in each what the overview shows becomes half or less
 
 
@@ -35,7 +37,7 @@ class Patch(NamedTuple):
     cover: np.ndarray  # float32 [h, w], 0 to 1
 
 
-def plain(cover: np.ndarray, colour: tuple[int, int, int]) -> Patch:
+def plain(cover: np.ndarray, colour: tuple[int, int, int] | np.ndarray) -> Patch:
     """A patch of one colour; `cover` is 0 to 1."""
     return Patch(np.broadcast_to(np.float32(colour), (*cover.shape, 3)), cover)
 
@@ -113,6 +115,25 @@ def paste(image: np.ndarray, patch: Patch, x: int, y: int) -> None:
     place = image[y : y + height, x : x + width]
     mixed = place + patch.cover[..., None] * (patch.colour - place)
     place[:] = np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+
+
+def faded(image: np.ndarray, rng: np.random.Generator, factor: int) -> np.ndarray:
+    """A picture with less contrast, and with a grain as coarse as a pixel of the overview.
+
+    Nothing can be hidden where a picture is black or white: its mean could not stay. The grain covers what little is left of a
+    mark where a picture is plain.
+
+    Args:
+        image: uint8 [h, w, 3].
+        rng: of the grain.
+        factor: how many times smaller the overview is.
+    """
+    height, width = image.shape[:2]
+    grain = Image.fromarray(rng.normal(0, GRAIN, (height // factor, width // factor)).astype(np.float32))
+    grain = np.asarray(grain.resize((width, height), Image.Resampling.BICUBIC))
+    low, high = RANGE
+    mixed = image * np.float32((high - low) / 255) + np.float32(low) + grain[..., None]
+    return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
 
 
 def hide(image: np.ndarray, patch: Patch, x: int, y: int, factor: int) -> None:
