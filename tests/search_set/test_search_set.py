@@ -102,6 +102,7 @@ def test_the_overview_looks_the_same_with_and_without_the_marks(tier, monkeypatc
             assert np.abs(zoom[0] - zoom[1]).max() > 45, (with_marks.kind, with_marks.difficulty)
 
 
+@pytest.mark.slow
 def test_of_what_is_hidden_nothing_can_be_told_from_the_overview_and_all_from_the_zoom():
     """A linear classifier that is told where the digit lies: by chance from the overview, nearly always from the zoom."""
     from sklearn.linear_model import LogisticRegression
@@ -130,7 +131,7 @@ def test_of_what_is_hidden_nothing_can_be_told_from_the_overview_and_all_from_th
 def test_a_reader_that_knows_where_to_look_needs_the_zoom(tier):
     """After JPEG, on real photographs: the share that is right is chance in the overview, and nearly all in the zoom."""
     some = [x for x in packaged() if x.name in ("retina.jpg", "hubble_deep_field.jpg")]
-    right, guess, count = {"zoom": 0, "overview": 0}, 0.0, 36 * len(tier.kinds)
+    right, guess, count = {"zoom": 0, "overview": 0}, 0.0, 18 * len(tier.kinds)
     for number in range(count):
         item = make_item(some, tier, "test", number, 1)
         example = example_of(item, tier, "test", number)
@@ -167,11 +168,11 @@ def test_items_are_what_they_say(tier):
 
 def test_a_set_is_the_same_bytes_again_and_reads_as_data_of_ones_own(wallpapers, tmp_path, monkeypatch):
     monkeypatch.setitem(TIERS, "1k", SMALL)
-    config = SetConfig(str(wallpapers), seed=3, tiers=("miniature", "1k"), share=0.02)
+    config = SetConfig(str(wallpapers), seed=3, tiers=("miniature", "1k"), share=0.01)
     notes = [write_set(tmp_path / name, config) for name in ("a", "b")]
-    assert notes[0] == notes[1] and notes[0]["items"]["miniature/train"] == 12 and len(notes[0]["left_out"]) == 3
+    assert notes[0] == notes[1] and notes[0]["items"]["miniature/train"] == 6 and len(notes[0]["left_out"]) == 3
     files = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in ("a", "b")]
-    assert files[0] == files[1] and len(files[0]) > 30
+    assert files[0] == files[1] and len(files[0]) > 20
     assert write_set(tmp_path / "c", dataclasses.replace(config, seed=4))["sha256"] != notes[0]["sha256"]
     seen = {}
     for split in ("train", "val", "test"):
@@ -194,7 +195,7 @@ def test_a_set_is_the_same_bytes_again_and_reads_as_data_of_ones_own(wallpapers,
 
 def test_what_cannot_be_made_is_said_before_anything_is_written(wallpapers, tmp_path):
     with pytest.raises(
-        PhotographError, match="tier '4k' needs photographs of at least 2538 x 1418 pixels; the largest"
+        PhotographError, match="tier '4k' needs photographs of at least 2539 x 1419 pixels; the largest"
     ):
         write_set(tmp_path / "out", SetConfig(str(wallpapers), tiers=("miniature", "4k")))
     assert not (tmp_path / "out").exists()
