@@ -168,9 +168,9 @@ def test_items_are_what_they_say(tier):
 
 def test_a_set_is_the_same_bytes_again_and_reads_as_data_of_ones_own(wallpapers, tmp_path, monkeypatch):
     monkeypatch.setitem(TIERS, "1k", SMALL)
-    config = SetConfig(str(wallpapers), seed=3, tiers=("miniature", "1k"), share=0.01)
+    config = SetConfig(str(wallpapers), seed=3, tiers=("miniature", "1k"), share=0.02)
     notes = [write_set(tmp_path / name, config) for name in ("a", "b")]
-    assert notes[0] == notes[1] and notes[0]["items"]["miniature/train"] == 6 and len(notes[0]["left_out"]) == 3
+    assert notes[0] == notes[1] and notes[0]["items"]["miniature/train"] == 12 and len(notes[0]["left_out"]) == 3
     files = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in ("a", "b")]
     assert files[0] == files[1] and len(files[0]) > 20
     assert write_set(tmp_path / "c", dataclasses.replace(config, seed=4))["sha256"] != notes[0]["sha256"]
