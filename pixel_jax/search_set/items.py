@@ -282,12 +282,12 @@ LANDMARKS = (*CUT_OUT_LANDMARKS, *CARDS)
 
 def _written(text: str, height: int) -> Patch:
     """A letter or a digit, whose ink is chosen where it is put (`_inked`)."""
-    return Patch(np.full((1, 1, 3), np.nan, np.float32), things.glyph(text, height))
+    return Patch(None, things.glyph(text, height))
 
 
 def _inked(mark: Patch, image: np.ndarray, x: int, y: int) -> Patch:
     """A mark with its colour; ink is darker than what is bright and brighter than what is dark."""
-    if not np.isnan(mark.colour).any():
+    if mark.colour is not None:
         return mark
     height, width = mark.cover.shape
     around = image[y : y + height, x : x + width].mean(axis=(0, 1))
@@ -323,7 +323,7 @@ def framed(shape: str, letter: str, height: int, tier: Tier, *, asked: bool) -> 
     x, y = place_in_frame(shape, side, (wide, high))
     place = cover[y : y + high, x : x + wide]
     np.maximum(place, text, out=place)
-    return _bare(Patch(np.full((1, 1, 3), np.nan, np.float32), cover), asked=asked)
+    return _bare(Patch(None, cover), asked=asked)
 
 
 def place_in_frame(shape: str, side: int, letter: Size) -> tuple[int, int]:

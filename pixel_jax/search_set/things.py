@@ -33,7 +33,7 @@ ROUNDS = 8  # of `hide`; in each what the overview shows becomes half or less
 class Patch(NamedTuple):
     """Something to be pasted: its colours and how much it covers."""
 
-    colour: np.ndarray  # float32 [h, w, 3], 0 to 255
+    colour: np.ndarray | None  # float32 [h, w, 3], 0 to 255; None: ink, whose colour is chosen where it is put
     cover: np.ndarray  # float32 [h, w], 0 to 1
 
 
@@ -111,6 +111,8 @@ def _polygon(draw: ImageDraw.ImageDraw, corners: tuple[tuple[float, float], ...]
 
 def paste(image: np.ndarray, patch: Patch, x: int, y: int) -> None:
     """Pastes a patch with its upper left corner at (x, y) into uint8 [h, w, 3], in place."""
+    if patch.colour is None:
+        raise ValueError("ink has no colour of its own: choose one before it is pasted")
     height, width = patch.cover.shape
     place = image[y : y + height, x : x + width]
     mixed = place + patch.cover[..., None] * (patch.colour - place)
