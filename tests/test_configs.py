@@ -19,6 +19,7 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 GIVEN = {name: {"model": "m", "data": "d", "out": "o"} for name in ("pixel/own_data",)}
 GIVEN |= {
     "pixel/eval": {"model": "m", "out": "o", "benchmarks.vstar.data": "d"},
+    "pixel/search_eval": {"model": "m", "out": "o", "benchmarks.search.data": "d"},
     "pixel/synth": {"seeds": "s", "out": "o"},
     "unlearn/run": {"run": "runs/sft"},
 }
@@ -26,6 +27,8 @@ KINDS = {
     "pixel/eval": EvalConfig,
     "pixel/quickstart": QuickstartConfig,
     "pixel/quickstart_rotate": QuickstartConfig,
+    "pixel/search_eval": EvalConfig,
+    "pixel/search_quickstart": QuickstartConfig,
     "pixel/synth": SynthConfig,
     "unlearn/movielens_llara": RecommendationConfig,
     "unlearn/movielens_tallrec": RecommendationConfig,

@@ -32,6 +32,8 @@ OTHER_FLAGS = {
     "batch": "pixel_jax/bench/host_memory.py",
     "phase": "pixel_jax/bench/host_memory.py",
     "seeds": "tests/unlearn/smollm2.py",
+    "photographs": "pixel_jax/search_set/__main__.py",
+    "tiers": "pixel_jax/search_set/__main__.py",
 }
 
 

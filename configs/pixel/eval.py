@@ -1,13 +1,17 @@
-"""The four benchmarks of Pixel Reasoner, with the settings of its released evaluation; name the data you have.
+"""The four benchmarks of Pixel Reasoner and four others, with the settings of its released evaluation; name the data you have.
 
     pixel-jax eval --config=configs/pixel/eval.py --config.model=DIR --config.out=runs/eval \
         --config.benchmarks.vstar.data=vstar_bench --config.benchmarks.infovqa.data=infographicsVQA_val_v1.0_withQT.json
 
 Data are the files that the benchmarks' authors release (`pixel_jax/evaluation/benchmarks.py` describes them), or with
 `--config.benchmarks.vstar.format=prepared` the Parquet files that Pixel Reasoner's authors prepared. A benchmark without
-data is left out. `own` is a folder of your own (`pixel_jax/data/own.py`).
+data is left out. `own` is a folder of your own (`pixel_jax/data/own.py`), `search` one of the visual search set
+(`docs/visual-search.md`).
 
-    --config.modes="('operations', 'none', 'blank')"                        also without operations, and with grey crops
+Every question is asked three times: with operations, without, and with operations that show grey. The report has what
+operations gain and harm.
+
+    --config.modes="('operations',)"                                        once only
     --config.rollout.group_size=32 --config.rollout.temperature=1.0         Avg@32
     --config.benchmarks.own.scorer.rules="('box', 'choice')"                "A. Lion" answers A
 """
@@ -37,9 +41,13 @@ def get_config() -> ConfigDict:
         # Infographics are up to seven times as tall as wide.
         "infovqa": benchmark("infovqa", TALL, ("anls",), max_side=5600),
         "mvbench": benchmark("mvbench", VIDEO, ("box", "choice")),
+        "hrbench": benchmark("hrbench", None, ("box", "choice")),
+        "visualprobe": benchmark("visualprobe", None),
+        "videomme": benchmark("videomme", VIDEO, ("box", "choice")),
+        "search": benchmark("jsonl", None, ("box", "choice")),
         "own": benchmark("jsonl", None),
     }
-    config.modes = ("operations",)
+    config.modes = ("operations", "none", "blank")
     config.batch = 64
     config.traces = 16
     config.seed = 0

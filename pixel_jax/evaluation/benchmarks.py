@@ -2,10 +2,12 @@
 
 Every reader takes the data's path, the folder of its images (None: beside the data) and further folders in which images may
 lie (`pixel_jax.data.sources.locate`). It returns the questions and the split that the files name ("val", "test", "train", or
-None). V*, MVBench and the prepared Parquet files are test sets: nothing else is released of them.
+None). Of V*, MVBench, HR-Bench, VisualProbe, Video-MME and the prepared Parquet files only test sets are released.
 """
 
+import base64
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,8 +17,9 @@ import numpy as np
 from pixel_jax.data import own
 from pixel_jax.data.clips import Span
 from pixel_jax.data.example import Example, ExampleError, ReadReport
+from pixel_jax.data.parquet import parquet_rows
 from pixel_jax.data.released import read_questions
-from pixel_jax.data.sources import SourceError, locate
+from pixel_jax.data.sources import Embedded, SourceError, locate
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.files import parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
@@ -35,22 +38,38 @@ class BenchmarkError(ValueError):
 def read_vstar(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
-    """Reads V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category."""
+    """Reads V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category.
+
+    Where a JSON file lies beside a picture, as released, its boxes are the field `box`: where the evidence lies.
+    """
     path = data / "test_questions.jsonl" if data.is_dir() else data
     examples = []
     for where, row in _json_lines(path):
         get = _fields(where, row)
-        category = get("category", str)
+        category, label = get("category", str), get("label", str)
+        image = _image(where, get("image", str), images or path.parent, others)
         examples.append(
             Example(
                 id=f"{category}-{get('question_id', str | int)}",
                 question=get("text", str),
-                answer=(get("label", str),),
-                images=(_image(where, get("image", str), images or path.parent, others),),
+                answer=(label,),
+                images=(image,),
                 category=category,
+                fields=_vstar_boxes(image.with_suffix(".json")),
             )
         )
     return examples, "test"
+
+
+def _vstar_boxes(path: pathlib.Path) -> dict[str, Any]:
+    """The field `box` from the file beside a picture of V*, whose `bbox` has x, y, width and height of each thing."""
+    if not path.is_file():
+        return {}
+    row = read_json(path, error=BenchmarkError)
+    boxes = _fields(str(path), row if isinstance(row, dict) else {})("bbox", list)
+    if not all(isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box) for box in boxes):
+        raise BenchmarkError(f"{path}: 'bbox' is {brief(boxes)}, not a list of x, y, width and height")
+    return {"box": [[x, y, x + width, y + height] for x, y, width, height in boxes]}
 
 
 def read_tallyqa(
@@ -166,6 +185,132 @@ def read_mvbench(
     return examples, "test"
 
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def read_hrbench(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Example], str]:
+    """Reads HR-Bench (`DreamMr/HR-Bench`): `hr_bench_4k.parquet` or `hr_bench_8k.parquet`, or the folder with one of them.
+
+    Every picture stands in its row, encoded and in base64. A question is asked four times, with its options in another order
+    (`cycle_category`); its category is `category` ("single" or "cross").
+    """
+    if images is not None:
+        raise BenchmarkError(f"{data}: the pictures of HR-Bench are in its rows; `images` is not needed")
+    path, examples = _only(data, "hr_bench_*.parquet"), []
+    pictures: dict[bytes, bytes] = {}  # by digest: the four rows of a question share one in memory
+    for where, read_row in parquet_rows(path, None, BenchmarkError):
+        row = read_row()
+        get = _fields(where, row)
+        cycle, letter = str(get("cycle_category", str | int)), get("answer", str).strip()
+        options = {x: str(row[x]) for x in LETTERS if row.get(x) is not None and str(row[x]).strip()}
+        if letter not in options:
+            raise BenchmarkError(f"{where}: the answer {brief(letter)} is none of the options {brief(list(options))}")
+        try:
+            encoded = get("image", str)
+            digest = hashlib.sha256(encoded.encode()).digest()
+            picture = pictures.get(digest) or pictures.setdefault(digest, base64.b64decode(encoded, validate=True))
+        except ValueError as error:
+            raise BenchmarkError(f"{where}: 'image' is no base64: {error}") from None
+        examples.append(
+            Example(
+                id=f"{path.stem}-{get('index', int | str)}",
+                question="\n".join([get("question", str).strip(), *(f"({x}) {text}" for x, text in options.items())]),
+                answer=(letter,),
+                images=(Embedded(picture, f"the picture of {where}"),),
+                category=get("category", str),
+                fields={"cycle_category": cycle},
+            )
+        )
+    return examples, "test"
+
+
+def read_visualprobe(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Example], str]:
+    """Reads VisualProbe (`Mini-o3/VisualProbe_Easy`, `_Medium`, `_Hard`): `val.json`, a list: `problem`, `images`, `solution`.
+
+    File names are relative to the folder in which the folder of the benchmark lies, as Mini-o3 reads them, or to that folder. It
+    is a test set, although its file is called `val.json`. The category is the name of the folder.
+    """
+    path, examples = data / "val.json" if data.is_dir() else data, []
+    folder = path.resolve().parent
+    for number, (where, row) in enumerate(_json_list(path, read_json(path, error=BenchmarkError))):
+        get = _fields(where, row)
+        names = _texts(where, "images", get("images", list))
+        if not names:
+            raise BenchmarkError(f"{where} has no images")
+        base = images or (folder.parent if (folder.parent / names[0]).exists() else folder)
+        solution = row.get("solution")
+        examples.append(
+            Example(
+                id=str(row.get("doc_id", number)),
+                question=get("problem", str).replace("<image>", "").strip(),
+                answer=_texts(
+                    where, "solution", solution if isinstance(solution, list) else [get("solution", str | int)]
+                ),
+                images=tuple(_image(where, name, base, others) for name in names),
+                category=folder.name,
+            )
+        )
+    return [x._replace(answer=tuple(references_of(x.answer))) for x in examples], "test"
+
+
+VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv")  # those that lmms-eval looks for
+VIDEO_FOLDERS = ("data", "video", "videos")  # where the archives unpack to; lmms-eval and VLMEvalKit use the first two
+
+
+def read_videomme(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Example], str]:
+    """Reads Video-MME (`lmms-lab/Video-MME`) without subtitles: `videomme/test-00000-of-00001.parquet`, and the unpacked videos.
+
+    Options are written below the question as released ("A. ..."). The category is the length of the video: short, medium, long.
+    """
+    path = _only(data / "videomme" if (data / "videomme").is_dir() else data, "test-*.parquet")
+    above = path.resolve().parent.parent if path.resolve().parent.name == "videomme" else path.resolve().parent
+    folders = [images] if images is not None else [above / name for name in VIDEO_FOLDERS]
+    examples = []
+    for where, read_row in parquet_rows(path, None, BenchmarkError):
+        row = read_row()
+        get = _fields(where, row)
+        options, letter, name = (
+            _texts(where, "options", get("options", list)),
+            get("answer", str).strip(),
+            get("videoID", str),
+        )
+        letters = [option.strip()[:1] for option in options]
+        if "".join(letters) != LETTERS[: len(options)] or letter not in letters:
+            raise BenchmarkError(f"{where}: the answer {brief(letter)} is none of the options {brief(list(options))}")
+        candidates = [(folder, f"{name}{suffix}") for folder in folders for suffix in VIDEO_SUFFIXES]
+        folder, file = next(((x, file) for x, file in candidates if (x / file).is_file()), candidates[0])
+        examples.append(
+            Example(
+                id=get("question_id", str),
+                question="\n".join([get("question", str), *options]),
+                answer=(letter,),
+                images=(_image(where, file, folder, others),),
+                category=get("duration", str),
+                video=True,
+                seconds=USUAL_SECONDS,
+                span=Span(None),
+                fields={x: row[x] for x in ("domain", "sub_category", "task_type") if isinstance(row.get(x), str)},
+            )
+        )
+    return examples, "test"
+
+
+def _only(data: pathlib.Path, pattern: str) -> pathlib.Path:
+    """The file, or the only one in the folder with a name of this pattern."""
+    if not data.is_dir():
+        return data
+    found = sorted(data.glob(pattern))
+    if len(found) != 1:
+        raise BenchmarkError(f"{data} holds {len(found)} files {pattern}, not one: name the file")
+    return found[0]
+
+
 def read_prepared(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
 ) -> tuple[list[Example], str]:
@@ -206,6 +351,9 @@ READERS: Mapping[str, Read] = {
     "tallyqa": read_tallyqa,
     "infovqa": read_infovqa,
     "mvbench": read_mvbench,
+    "hrbench": read_hrbench,
+    "visualprobe": read_visualprobe,
+    "videomme": read_videomme,
     "prepared": read_prepared,
     "jsonl": read_own,
 }

@@ -10,8 +10,7 @@ from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig
 
-# As trained; without tools (system prompt and guidelines of the released `notool`); with tools whose images are grey.
-Mode = Literal["operations", "none", "blank"]
+ModeName = Literal["operations", "none", "blank", "blind", "evidence"]  # keys of `pixel_jax.evaluation.modes.MODES`
 Bucket = tuple[int, int, int, int]  # images, height and width of the largest, tokens of the prompt
 
 # Greedy, one answer, through the same loop as in training, whose limits of calls, images and tokens are hard-coded
@@ -39,7 +38,8 @@ class BenchmarkConfig:
     shapes are worked out from the sizes of the images and the lengths of the questions.
     """
 
-    format: Literal["vstar", "tallyqa", "infovqa", "mvbench", "prepared", "jsonl"]  # `pixel_jax.evaluation.benchmarks`
+    # `pixel_jax.evaluation.benchmarks`
+    format: Literal["vstar", "tallyqa", "infovqa", "mvbench", "hrbench", "visualprobe", "videomme", "prepared", "jsonl"]
     data: str | None = None  # file or folder; None leaves the benchmark out
     # Folder of the images (prepared: or of their images.zip), if they do not lie beside the data.
     images: str | None = None
@@ -66,7 +66,7 @@ class EvalConfig:
     model: str  # directory
     out: str  # run directory; what is in it already is not done again
     benchmarks: dict[str, BenchmarkConfig]  # by any names, in the order in which they are asked
-    modes: tuple[Mode, ...] = ("operations",)  # the others are compared with the first
+    modes: tuple[ModeName, ...] = ("operations",)  # the others are compared with the first
     rollout: RolloutConfig = RELEASED  # `group_size` is the k of Avg@k
     # What the model may call: names of shipped tools, or module:name (`pixel_jax.tools.named`).
     tools: tuple[str, ...] = DEFAULT
@@ -76,6 +76,9 @@ class EvalConfig:
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     traces: int = 16  # questions of each benchmark and mode that are drawn in the report
     seed: int = 0  # of samples of questions and of sampled answers
+    # What answers in modes without tools begin with, below the prompt of training, for a model that knows no other prompt.
+    # "": below the released prompt without tools.
+    opening: str = ""
     adapter: str | None = None  # directory of an adapter (PEFT's format) to put on the model
 
     def __post_init__(self):

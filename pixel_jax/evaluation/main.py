@@ -18,7 +18,7 @@ from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
-from pixel_jax.evaluation.config import EvalConfig, Mode
+from pixel_jax.evaluation.config import EvalConfig, ModeName
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
 from pixel_jax.terminal import print_table, say, table, warn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
-MODE = "operations"  # the mode in which checkpoints are compared
+MODE: ModeName = "operations"  # the mode in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:
@@ -104,7 +104,8 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
         if len(steps) < 2:
             raise UserError(f"{training} has {len(steps)} models: there is nothing to choose from")
         for out, step in steps.items():
-            answer(dataclasses.replace(config, model=str(model_directory(f"{training}@{step}")), out=out))
+            modes = (MODE,) if MODE in config.modes else config.modes  # the others would decide nothing
+            answer(dataclasses.replace(config, model=str(model_directory(f"{training}@{step}")), out=out, modes=modes))
         if not is_main_process():
             return {}
         result = select(list(steps))
@@ -136,7 +137,7 @@ def answer(config: EvalConfig) -> None:
 
 
 Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its questions and split
-Directories = Mapping[tuple[str, Mode], pathlib.Path]  # of each benchmark in each mode
+Directories = Mapping[tuple[str, ModeName], pathlib.Path]  # of each benchmark in each mode
 
 
 def questions_of(config: EvalConfig, language: "Language", *, pictures: bool) -> Data:
@@ -205,7 +206,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
             identity["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
-            exam = Exam(config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed)
+            exam = Exam(config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed, config.opening)
             evaluate(
                 policy,
                 questions,
@@ -226,6 +227,9 @@ def report(config: EvalConfig, data: Data, directories: Directories) -> None:
     """Writes the numbers of all benchmarks to `metrics.json`, to a page and to the terminal."""
     from pixel_jax.dialog import Language
     from pixel_jax.evaluation import summary
+    from pixel_jax.evaluation.evidence import FIELD, misread
+    from pixel_jax.evaluation.exchange import exchange
+    from pixel_jax.evaluation.modes import USED
     from pixel_jax.tools.named import find_format, find_tools
 
     out, language = (
@@ -243,11 +247,23 @@ def report(config: EvalConfig, data: Data, directories: Directories) -> None:
             "differences": {
                 mode: summary.compare(by_mode[config.modes[0]], by_mode[mode]) for mode in config.modes[1:]
             },
+            "exchange": {
+                mode: exchange(records, by_mode[USED])
+                for mode, records in by_mode.items()
+                if USED in by_mode and mode != USED
+            },
         }
         metrics["warnings"] += summary.format_warnings(name, by_mode, language)
+        if odd := misread(questions):
+            metrics["warnings"].append(
+                f"{name}: the field {FIELD!r} of {len(odd)} questions, such as {odd[0]!r}, holds no x1, y1, x2, y2 in pixels of "
+                "one picture: it is not counted where the evidence lies"
+            )
     write_json(out / "metrics.json", metrics)
     summary.redraw(out)
     print_table(table(summary.HEAD, summary.table_rows(metrics["benchmarks"]), words=3))
+    if rows := summary.exchange_rows(metrics["benchmarks"]):
+        print_table(table(summary.EXCHANGE_HEAD, rows, words=3))
     for warning in metrics["warnings"]:
         warn(warning)
     for name, benchmark in metrics["benchmarks"].items():

@@ -17,6 +17,7 @@ from pixel_jax.data.images import ImageError
 from pixel_jax.data.prompt_shapes import Assignment, ShapeFinder
 from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.evaluation.config import Bucket
+from pixel_jax.evaluation.modes import Mode
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.evaluation.stages import (
     USUAL,
@@ -26,7 +27,6 @@ from pixel_jax.evaluation.stages import (
     Policy,
     QuestionBatch,
     Record,
-    guidelines,
     unanswered,
 )
 from pixel_jax.identity import RunError, settle
@@ -101,7 +101,7 @@ def evaluate(
     progress, finished = ProgressLine(label, len(todo)), len(todo) - len(runnable)
     # The scores of all questions so far, with those that an earlier start answered and those that could not be asked.
     scores = [float(np.mean(answered[i]["score"])) for i in indices if i in answered] + [0.0] * finished
-    for loaded in load_batches(questions, runnable, exam.batch):
+    for loaded in load_batches(questions, runnable, exam.batch, exam.way):
         records = answer_batch(context, stages, questions, runnable, loaded)
         keep(records)
         finished += len(loaded)
@@ -123,6 +123,7 @@ def settings_of(
         "buckets": exam.benchmark.buckets,
         "rollout": dataclasses.asdict(exam.limits),
         "tools": [tool.name for tool in policy.tables.tools],
+        **({"opening": exam.prefix} if exam.prefix else {}),
     }
 
 
@@ -162,31 +163,37 @@ def find_shapes(
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
     wanted = range(len(questions)) if isinstance(shapes, AutoShapes) else todo
-    outlines = [questions[i].outline for i in wanted]
-    finder = ShapeFinder(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
+    outlines = [functools.partial(_shown, exam.way, questions[i], questions[i].outline) for i in wanted]
+    finder = ShapeFinder(policy.vocabulary, limits, exam.guidelines, policy.tables.tools)
     assigned = dict(zip(wanted, finder.assign_all(outlines, shapes), strict=True))
     return {i: assigned[i] for i in todo}
 
 
+def _shown(way: Mode, question: Example, read: Callable[[], Query]) -> Query:
+    return way.show(question, read())
+
+
 def load_batches(
-    questions: Sequence[Example], assigned: Mapping[int, Assignment], batch: int
+    questions: Sequence[Example], assigned: Mapping[int, Assignment], batch: int, way: Mode
 ) -> Iterator[dict[int, Query | ImageError]]:
     """Batches of one shape with their pixels, or the reason why they cannot be read; the next batch is read ahead."""
     by_shape: dict[BatchShape, list[int]] = {}
     for i, assignment in assigned.items():
         by_shape.setdefault(assignment.shape, []).append(i)
     batches = [some[at : at + batch] for some in by_shape.values() for at in range(0, len(some), batch)]
-    load = functools.partial(load_query, questions, assigned)
+    load = functools.partial(load_query, questions, assigned, way)
     queries = read_ahead([i for some in batches for i in some], load, threads=LOADERS, ahead=batch)
     with contextlib.closing(queries):
         for some in batches:
             yield dict(zip(some, queries, strict=False))
 
 
-def load_query(questions: Sequence[Example], assigned: Mapping[int, Assignment], i: int) -> Query | ImageError:
-    """The query of question `i` with its pixels, or the reason why they cannot be read."""
+def load_query(
+    questions: Sequence[Example], assigned: Mapping[int, Assignment], way: Mode, i: int
+) -> Query | ImageError:
+    """The query of question `i` with the pixels that are shown, or the reason why they cannot be read."""
     try:
-        return assigned[i].prompt.apply(questions[i].query())
+        return assigned[i].prompt.apply(way.show(questions[i], questions[i].query()))
     except ImageError as error:
         return error
 

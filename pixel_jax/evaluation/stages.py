@@ -19,7 +19,9 @@ from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
 from pixel_jax.evaluation import transcript
-from pixel_jax.evaluation.config import BenchmarkConfig, Mode
+from pixel_jax.evaluation.config import BenchmarkConfig, ModeName
+from pixel_jax.evaluation.evidence import looked_at
+from pixel_jax.evaluation.modes import MODES, USED, Mode
 from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -55,28 +57,31 @@ class Exam:
 
     benchmark: BenchmarkConfig
     rollout: RolloutConfig
-    mode: Mode = "operations"
+    mode: ModeName = USED
     batch: int = 64  # questions answered together
     traced: int = 0  # questions whose first answers are kept as traces, `traces/NUMBER.json`
     seed: int = 0  # of the answers, and of which questions are traced
+    opening: str = ""  # `EvalConfig.opening`
 
     @property
     def limits(self) -> RolloutConfig:
         """The rollout's limits in this mode."""
-        return rollout_config(self.rollout, self.mode, self.benchmark.max_side)
+        return self.way.limits(dataclasses.replace(self.rollout, max_side=self.benchmark.max_side))
 
+    @property
+    def prefix(self) -> str:
+        """What an answer begins with in this mode."""
+        return self.opening if self.way.guidelines == "notool" else ""
 
-def rollout_config(config: RolloutConfig, mode: Mode, max_side: int) -> RolloutConfig:
-    """The rollout of a mode. Without operations nothing is executed, also if the model calls out of habit."""
-    config = dataclasses.replace(config, max_side=max_side)
-    if mode == "none":
-        return dataclasses.replace(config, max_calls=0)
-    return dataclasses.replace(config, blank=True) if mode == "blank" else config
+    @property
+    def guidelines(self) -> str:
+        """The guidelines of the prompt in this mode."""
+        return "vcot" if self.prefix else self.way.guidelines
 
-
-def guidelines(mode: Mode) -> str:
-    """The guidelines of the prompt in a mode: released `notool` or `vcot`."""
-    return "notool" if mode == "none" else "vcot"
+    @property
+    def way(self) -> Mode:
+        """The mode as a value."""
+        return MODES[self.mode]
 
 
 class EvaluationContext:
@@ -154,12 +159,13 @@ def answer(
         context.limits,
         shape=shape,
         uids=padded(asked.numbers),
-        guidelines=guidelines(exam.mode),
+        guidelines=exam.guidelines,
     )
-    trajectories = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), context.limits))
+    begun = {"assistant_prefix": vocabulary.encode(exam.prefix)} if exam.prefix else {}
+    trajectories = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), context.limits, **begun))
     t = take_rows(trajectories, slice(len(asked.numbers) * context.limits.group_size))
     texts = [
-        vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace")
+        exam.prefix + vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace")
         for ids, mask in zip(t.tokens, t.loss_mask, strict=True)
     ]
     return Answered(asked, t, prompts.images, texts)
@@ -178,7 +184,10 @@ def record(context: EvaluationContext, judged: Judged) -> list[Record]:
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
         entry = record_of(number, question, judged, slice(at * n, (at + 1) * n), context.policy.tables.parser.language)
-        records.append({**entry, "shrunk": asked.places[at].prompt.scale < 1.0})
+        rows = slice(at * n, (at + 1) * n)
+        records.append(
+            {**entry, **evidence_of(judged.answered, at, rows), "shrunk": asked.places[at].prompt.scale < 1.0}
+        )
         if number in context.drawn:
             draw(context, judged, at, entry)
     return records
@@ -238,6 +247,17 @@ def called_tools(t: Trajectories, row: int, tools: Sequence[Tool]) -> list[str]:
     """The names of the tools that the calls of a row named, in order; "" of a call in which none could be read."""
     names = [tool.name for tool in tools]
     return ["" if tool == UNREADABLE else names[tool] for tool in t.calls.tool[row, : t.num_calls[row]].tolist()]
+
+
+def evidence_of(answered: Answered, at: int, rows: slice) -> Record:
+    """The part of a record about the evidence of the question at index `at` of its batch (`evidence.looked_at`)."""
+    question, query = answered.asked.questions[at], answered.asked.queries[at]
+    if question.video or len(query.images) != 1 or not question.fields:
+        return {}
+    (whole,) = question.outline().images
+    calls = take_rows(answered.trajectories, rows).calls
+    each = [jax.tree.map(lambda x: x[row], calls) for row in range(len(calls.status))]  # noqa: B023
+    return looked_at(question, (whole.shape[:2], query.images[0].shape[:2]), each)
 
 
 def draw(context: EvaluationContext, judged: Judged, at: int, entry: Record) -> None:

@@ -8,13 +8,15 @@ from typing import Any
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.unrecognised import format_warning
 from pixel_jax.evaluation import report, transcript
+from pixel_jax.evaluation.evidence import HELD
+from pixel_jax.evaluation.exchange import ALL, CASES
+from pixel_jax.evaluation.modes import MODES
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
 from pixel_jax.state_files import read_note
 from pixel_jax.terminal import warn
 
 Record = Mapping[str, Any]
-ALL = "all"
 RATES = {  # name: (of what, over what), summed over a question's answers
     "score": ("score", "asked"),
     "accuracy": ("accuracy", "asked"),
@@ -24,6 +26,11 @@ RATES = {  # name: (of what, over what), summed over a question's answers
     "operations": ("operations", "answers"),
     "tokens": ("tokens", "answers"),  # written for an answer
     "finished": ("finished", "answers"),  # ended with an answer, not at a limit
+    "evidence": (
+        "held",
+        "referred",
+    ),  # answers after a crop that holds the evidence, of those with a crop and a reference
+    "crop_area": ("crop_area", "referred"),  # share of the picture that the largest crop of such an answer shows
 }
 COUNTS = ("operations", "tokens")  # of an answer, not shares
 
@@ -38,6 +45,9 @@ def sums(record: Record) -> dict[str, float]:
         "finished": float(sum(x == "answer" for x in record["stop"])),
         "asked": float(len(record["score"])),
         "answers": float(len(record["stop"])),  # 0 for a question that could not be asked, which counts as wrong
+        "held": float(sum(x >= HELD for x in record.get("evidence", ()))),
+        "referred": float(sum(x > 0 for x in record.get("crop_area", ()))),
+        "crop_area": float(sum(record.get("crop_area", ()))),
     }
 
 
@@ -78,10 +88,12 @@ def unanswered(records: Sequence[Record]) -> dict[str, str]:
 def format_warnings(name: str, runs: Mapping[str, Sequence[Record]], language: Language) -> list[str]:
     """Warnings about a benchmark's runs {mode: records} whose calls are often in another format.
 
-    The mode "none" is left out: without tools a model is not asked to call one.
+    Modes without tools are left out: there a model is not asked to call one.
     """
     texts = {mode: [text for record in records for text in record["responses"]] for mode, records in runs.items()}
-    warnings = {mode: format_warning(some, language) for mode, some in texts.items() if mode != "none"}
+    warnings = {
+        mode: format_warning(some, language) for mode, some in texts.items() if MODES[mode].guidelines != "notool"
+    }
     return [f"{name} {mode}: {warning}" for mode, warning in warnings.items() if warning is not None]
 
 
@@ -125,6 +137,7 @@ HEAD = (
     "RaPR %",
     "op. errors %",
     "unrecognised %",
+    "evidence held %",
     "tokens",
     "ended %",
     "unanswered",
@@ -139,12 +152,38 @@ def table_rows(benchmarks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             for category, row in categories.items():
                 count = str(row["questions"]) if row["answers"] == 1 else f"{row['questions']} × {row['answers']}"
                 rates = [
-                    percent(row[rate]) for rate in ("score", "accuracy", "rapr", "operation_errors", "unrecognised")
+                    percent(row[rate]) if rate in row else "–"  # an older evaluation has fewer
+                    for rate in ("score", "accuracy", "rapr", "operation_errors", "unrecognised", "evidence")
                 ]
                 tokens = "–" if row["tokens"]["mean"] is None else f"{row['tokens']['mean']:.0f}"
                 rows.append(
                     [name, mode, category, count, *rates, tokens, percent(row["finished"]), str(row["unanswered"])]
                 )
+    return rows
+
+
+EXCHANGE_HEAD = (
+    "benchmark",
+    "beside",
+    "category",
+    "questions",
+    "gain %",
+    "harm %",
+    "right both %",
+    "wrong both %",
+    "gain held %",
+)
+
+
+def exchange_rows(benchmarks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The rows below `EXCHANGE_HEAD` of {benchmark: {"exchange": {mode: what `exchange.exchange` returns}}}."""
+    rows = []
+    for name, benchmark in benchmarks.items():
+        for mode, categories in benchmark.get("exchange", {}).items():  # an older evaluation has none
+            for category, row in categories.items():
+                shares = [percent(row[case]) for case in CASES]
+                held = "–" if row["gain_held"] is None else percent(row["gain_held"])
+                rows.append([name, mode, category, str(row["questions"]), *shares, held])
     return rows
 
 
@@ -154,6 +193,18 @@ def sentence(first: str, second: str, test: Mapping[str, float]) -> str:
         f"{second} − {first}: {100 * test['difference']:+.1f} points [{100 * test['low']:+.1f}, {100 * test['high']:+.1f}], "
         f"p = {test['p']:.2g} ({test['better']} questions better, {test['worse']} worse, of {test['n']})"
     )
+
+
+def exchange_section(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of gains and harms with the modes in words; "" if there is nothing to compare."""
+    rows = exchange_rows(benchmarks)
+    modes = dict.fromkeys(row[1] for row in rows)
+    words = "; ".join(f"{mode}: {MODES[mode].what}" for mode in modes)
+    text = (
+        "Gain: wrong in the other mode and right with operations; harm: the opposite. Gain held: the share of the gain in which "
+        f"a crop held the evidence, where the data say where it lies. {words}."
+    )
+    return report.paragraph(text) + report.table(EXCHANGE_HEAD, rows) if rows else ""
 
 
 def _traces(path: pathlib.Path) -> list[transcript.Transcript]:
@@ -183,6 +234,7 @@ def sections_of(
             + report.table(HEAD, table_rows(benchmarks)),
         ),
         *([("Modes compared, paired by question", "".join(tests))] if tests else []),
+        *([("What operations gain and harm", exchanged)] if (exchanged := exchange_section(benchmarks)) else []),
     ]
     missing = [
         (name, mode, question, why)

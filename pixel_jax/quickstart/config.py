@@ -48,7 +48,7 @@ class QuickstartConfig:
     warm_rows: int  # traces made for it
     rl: RLConfig  # 3. the two arms of the lesson change something about it
     evaluation: HeldOutConfig  # 4.
-    lesson: Literal["zoom", "turn"] = "zoom"  # what is hard about the scenes, and which tool helps
+    lesson: Literal["zoom", "turn", "search"] = "zoom"  # what is hard about the scenes, and which tool helps
     traces: WarmStartConfig = WarmStartConfig()  # of the lesson "zoom"
     turns: TurnsConfig = TurnsConfig()  # of the lesson "turn"
     width: int = 32  # tokens of a prompt

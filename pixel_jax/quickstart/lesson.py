@@ -7,7 +7,7 @@ import numpy as np
 
 from pixel_jax.data.traces import Trace
 from pixel_jax.quickstart.config import QuickstartConfig
-from pixel_jax.quickstart.miniature import QUESTION, Scene, SceneConfig
+from pixel_jax.quickstart.miniature import Scene, SceneConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.tools import Tool
@@ -16,7 +16,7 @@ from pixel_jax.training.rl import RLConfig
 
 def scene_query(scene: Scene) -> Query:
     """The question about a scene."""
-    return Query(QUESTION, [scene.image])
+    return Query(scene.question, [scene.image])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,11 +44,12 @@ class Scene(NamedTuple):
     """A photograph with a card on it, and where the card and its digit lie."""
 
     image: np.ndarray  # uint8 [SIDE, SIDE, 3]
-    label: int  # the digit
+    label: int | str  # the digit, or another answer
     small: bool  # illegible in the overview
     card: Box
     digit: Box
     turns: int = 0  # quarter turns clockwise that bring the card upright
+    question: str = QUESTION
 
 
 class MiniatureClip(NamedTuple):

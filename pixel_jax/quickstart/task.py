@@ -33,6 +33,7 @@ from pixel_jax.rollouts.trajectory import (
     take_rows,
     to_host,
 )
+from pixel_jax.search_set.lesson import SEARCH
 from pixel_jax.training.answers import last_boxed
 from pixel_jax.training.batch import Batch, from_trajectories, pack
 
@@ -42,7 +43,7 @@ EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all see
 
 def lesson_of(config: QuickstartConfig) -> Lesson:
     """The lesson that `config.lesson` names."""
-    return {"zoom": ZOOM, "turn": TURN}[config.lesson]
+    return {"zoom": ZOOM, "turn": TURN, "search": SEARCH}[config.lesson]
 
 
 class Task:

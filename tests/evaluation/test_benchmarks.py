@@ -1,5 +1,6 @@
 """Readers, on files written here in the formats that are released."""
 
+import base64
 import json
 import sys
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from pixel_jax import score_answer
 from pixel_jax.data.clips import Span, clip_frame_size, frame_indices, load_clip
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.own import read_own
@@ -74,6 +76,158 @@ def test_vstar(tmp_path):
     assert found[1].category == "relative_position" and found[1].images == (tmp_path / VSTAR[1]["image"],)
     with pytest.raises(BenchmarkError, match="is the split 'test', the config says 'val'"):
         read("vstar", tmp_path, split="val")
+    assert not found[0].fields
+    # A file beside each picture, as github.com/penghao-wu/vstar, visual_search.py reads it: boxes are x, y, width, height.
+    beside = tmp_path / VSTAR[0]["image"].replace(".jpg", ".json")
+    note = {"target_object": ["glove"], "bbox": [[5, 6, 10, 4]], "question": "?", "options": ["rubber", "cotton"]}
+    beside.write_text(json.dumps(note))
+    assert read("vstar", tmp_path)[0][0].fields == {"box": [[5, 6, 15, 10]]}
+    beside.write_text(json.dumps(note | {"bbox": [[5, 6, 10]]}))
+    with pytest.raises(BenchmarkError, match="sa_4690.json: 'bbox' is .* not a list of x, y, width and height"):
+        read("vstar", tmp_path)
+
+
+# Columns as github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/hrbench/utils.py reads them (index, question, answer, A to D,
+# category, cycle_category, image in base64); the file's name is that of huggingface.co/datasets/DreamMr/HR-Bench. Not verified:
+# whether `index` and `cycle_category` are numbers or texts (both are read), and the encoding of the pictures (JPEG or PNG).
+def hr_rows(path):
+    picture(path)
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    row = {"question": "What colour is the flag?", "category": "single", "image": encoded}
+    texts = ["red", "blue", "green", "white"]
+    return [
+        row
+        | {"index": i, "cycle_category": str(i)}
+        | dict(zip("ABCD", texts[-i:] + texts[:-i], strict=True))
+        | {"answer": "ABCD"[i]}
+        for i in range(4)
+    ]
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_hrbench(tmp_path):
+    rows = hr_rows(tmp_path / "a.jpg")
+    write_parquet(tmp_path / "hr_bench_4k.parquet", rows)
+    found, split = read("hrbench", tmp_path)
+    assert split == "test" and [x.id for x in found] == [f"hr_bench_4k-{i}" for i in range(4)]
+    assert found[1].question == "What colour is the flag?\n(A) white\n(B) red\n(C) blue\n(D) green"
+    assert [score_answer(r"\boxed{red}", x.answer, question=x.question, rules=("choice",)) for x in found] == [1.0] * 4
+    assert found[0].category == "single" and found[2].fields == {"cycle_category": "2"}
+    assert sizes_of(found[0]) == [(30, 40)] and found[0].images[0].data is found[3].images[0].data
+    np.testing.assert_array_equal(found[0].query().images[0], np.asarray(Image.open(tmp_path / "a.jpg")))
+    write_parquet(tmp_path / "hr_bench_8k.parquet", rows)
+    with pytest.raises(BenchmarkError, match="holds 2 files .*name the file"):
+        read("hrbench", tmp_path)
+    for damage, why in (
+        ({"answer": "E"}, "row 1: the answer 'E' is none of the options"),
+        ({"D": None, "answer": "D"}, "row 1: the answer 'D' is none of"),
+        ({"image": "not base64!"}, "row 1: 'image' is no base64"),
+        ({"question": 7}, "row 1: 'question' is 7, of the type int"),
+    ):
+        write_parquet(tmp_path / "one" / "hr_bench_8k.parquet", [rows[0] | damage])
+        with pytest.raises(BenchmarkError, match=why):
+            read("hrbench", tmp_path / "one")
+    write_parquet(tmp_path / "one" / "hr_bench_8k.parquet", [{k: v for k, v in rows[0].items() if k != "category"}])
+    with pytest.raises(BenchmarkError, match="has no field 'category'"):
+        read("hrbench", tmp_path / "one")
+    # The picture itself is damaged: found when its header is read, and the question counts as wrong.
+    write_parquet(
+        tmp_path / "one" / "hr_bench_8k.parquet", [rows[0] | {"image": base64.b64encode(b"no picture").decode()}]
+    )
+    (broken,), _ = read("hrbench", tmp_path / "one")
+    with pytest.raises(ImageError, match="the picture of .*hr_bench_8k.parquet, row 1"):
+        broken.outline()
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes((tmp_path / "hr_bench_4k.parquet").read_bytes()[:-200])
+    with pytest.raises(BenchmarkError, match="cut.parquet cannot be read"):
+        read("hrbench", cut)
+
+
+# Keys as github.com/dddraxxx/Mini-o3, examples/minio3/preprocess_visualprobe.py reads them (a list with images, problem,
+# solution, doc_id); the authors' training command has `data.image_key=images`, `data.answer_key=solution` and the folders'
+# names. Not verified: to which folder `images` are relative (both are tried), and whether `solution` is boxed (it may be).
+def test_visualprobe(tmp_path):
+    folder = tmp_path / "VisualProbe_Hard"
+    picture(folder / "data" / "7.jpg")
+    rows = [
+        {"doc_id": 3, "images": ["VisualProbe_Hard/data/7.jpg"], "problem": "<image>\nWhich number?", "solution": "42"},
+        {"images": ["data/7.jpg"], "problem": "Which name?", "solution": "\\boxed{Ada}", "data_source": "hard"},
+    ]
+    (folder / "val.json").write_text(json.dumps(rows))
+    found, split = read("visualprobe", folder)
+    assert (
+        split == "test" and [x.id for x in found] == ["3", "1"] and {x.category for x in found} == {"VisualProbe_Hard"}
+    )
+    assert [x.question for x in found] == ["Which number?", "Which name?"] and [x.answer for x in found] == [
+        ("42",),
+        ("Ada",),
+    ]
+    assert [sizes_of(x) for x in found] == [[(30, 40)]] * 2
+    for damage, why in (
+        ({"images": []}, "row 0 has no images"),
+        ({"images": ["../../etc/passwd"]}, "row 0: "),
+        ({"problem": None}, "row 0: 'problem' is None"),
+        ({"solution": 0.5}, "row 0: 'solution' is 0.5"),
+    ):
+        (folder / "val.json").write_text(json.dumps([rows[0] | damage]))
+        with pytest.raises(BenchmarkError, match=why):
+            read("visualprobe", folder)
+    (folder / "val.json").write_text('{"problem": "?"}')
+    with pytest.raises(BenchmarkError, match="holds dict, not a list"):
+        read("visualprobe", folder)
+
+
+# Columns as on the card of huggingface.co/datasets/lmms-lab/Video-MME; paths as in lmms_eval/tasks/videomme/utils.py ("data/",
+# .mp4, .MP4 or .mkv) and vlmeval/dataset/videomme.py ("video/"). Not verified: that options always begin with their letters
+# (both loaders join them as they are); a row where they do not is refused.
+MME = {
+    "video_id": "001",
+    "duration": "short",
+    "domain": "Knowledge",
+    "sub_category": "Humanity & History",
+    "url": "https://example.invalid/watch?v=fFjv93ACGo8",
+    "videoID": "fFjv93ACGo8",
+    "question_id": "001-1",
+    "task_type": "Counting Problem",
+    "question": "What is most common?",
+    "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. All alike."],
+    "answer": "C",
+}
+
+
+def test_videomme(tmp_path):
+    path = tmp_path / "videomme" / "test-00000-of-00001.parquet"
+    write_parquet(path, [MME, MME | {"question_id": "002-1", "videoID": "x", "duration": "long"}])
+    video(tmp_path / "data" / "fFjv93ACGo8.mp4")
+    video(tmp_path / "video" / "x.mkv", frames=20)
+    found, split = read("videomme", tmp_path)
+    assert (
+        split == "test"
+        and [x.id for x in found] == ["001-1", "002-1"]
+        and [x.category for x in found] == ["short", "long"]
+    )
+    assert found[0].question.splitlines()[1:] == MME["options"] and found[0].answer == ("C",) and found[0].video
+    assert found[0].fields["task_type"] == "Counting Problem"
+    video(tmp_path / "a.mp4")
+    frames = found[0].query().images
+    assert len(frames) == 16 and brightness(frames) == sorted(brightness(frames))
+    assert read("videomme", path)[0] == found
+    for damage, why in (
+        ({"videoID": "gone"}, "row 1: there is no image .*gone.mp4"),
+        ({"answer": "E"}, "row 1: the answer 'E' is none of the options"),
+        ({"options": ["Apples", "Candles"]}, "row 1: the answer 'C' is none of the options"),
+        ({"videoID": "../a"}, "row 1: .* which is not in .*image_folders to allow it"),
+    ):
+        write_parquet(path, [MME | damage])
+        with pytest.raises(BenchmarkError, match=why):
+            read("videomme", tmp_path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(BenchmarkError, match="cannot be read"):
+        read("videomme", tmp_path)
 
 
 TALLY = {

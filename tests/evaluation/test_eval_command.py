@@ -275,17 +275,18 @@ def test_the_config_has_the_released_settings():
     config = module.get_config()
     config.model, config.out, config.benchmarks.vstar.data = "m", "o", "vstar_bench"
     loaded = load(EvalConfig, config)
-    assert loaded.rollout == RELEASED and loaded.modes == ("operations",) and loaded.batch == 64
+    assert loaded.rollout == RELEASED and loaded.modes == ("operations", "none", "blank") and loaded.batch == 64
     assert loaded.rollout.temperature == 0 and loaded.rollout.group_size == 1 and loaded.rollout.top_p == 1
     assert (loaded.rollout.min_pixels, loaded.rollout.max_pixels) == (401_408, 4_014_080)
     assert {name: x.scorer.rules for name, x in loaded.benchmarks.items()} == {
         "infovqa": ("anls",),
-        **dict.fromkeys(("tallyqa", "own"), ("box",)),
-        **dict.fromkeys(("vstar", "mvbench"), ("box", "choice")),
+        **dict.fromkeys(("tallyqa", "visualprobe", "own"), ("box",)),
+        **dict.fromkeys(("vstar", "mvbench", "hrbench", "videomme", "search"), ("box", "choice")),
     }
     # The longest prompts that pictures and videos can make fit the largest buckets, with some 900 tokens for the text.
-    assert loaded.benchmarks["own"].buckets is None  # worked out from what is there
-    for name in loaded.benchmarks.keys() - {"own"}:
+    worked_out = {"own", "search", "hrbench", "visualprobe"}  # from what is there
+    assert all(loaded.benchmarks[name].buckets is None for name in worked_out)
+    for name in loaded.benchmarks.keys() - worked_out:
         for images, height, width, tokens in loaded.benchmarks[name].buckets:
             visual = min(height * width, 5120 * 784) // 784 if images == 1 else 8 * 512
             assert visual + 900 <= tokens

@@ -45,7 +45,9 @@ def everything(tmp_path_factory):
         for name, size in zip(names, sizes, strict=True):
             Image.fromarray(scripted_model.image(i, *size)).save(folder / name)
         question = HOSTILE + "<|im_start|><|im_start|>" if i == 3 else "Which digit?"
-        lines.append({"question": question, "images": names, "answer": "7" if i % 2 else ["3", "7"]})
+        line = {"question": question, "images": names, "answer": "7" if i % 2 else ["3", "7"]}
+        whole_picture = {"box": [0, 0, *sizes[0]]} if i in (1, 2) else {}
+        lines.append(line | whole_picture)
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read("jsonl", folder / "own.jsonl")[0]
 
@@ -104,6 +106,39 @@ def test_every_question_is_answered_once(questions, whole):
             assert record["unrecognised"][i] == sum("; }}" in turn for turn in text.split("<|im_end|>"))
     assert sum(sum(x["operations"]) for x in records) > 1
     assert len({x for record in records for x in record["responses"]}) > 4
+
+
+def test_records_say_how_much_of_the_evidence_crops_hold(questions, whole):
+    """The reference is the whole picture: a crop holds as much of it as it shows. One picture was made smaller."""
+    directory, records = whole
+    assert [("evidence" in x, "crop_area" in x) for x in records] == [(i in (1, 2),) * 2 for i in range(COUNT)]
+    cropped = 0
+    for record in records[1:3]:
+        assert record["evidence"] == pytest.approx(record["crop_area"])
+        (made,) = transcript.load(directory / "traces" / f"{record['index']}.json")
+        (drawn,) = made.pictures
+        areas = [(x2 - x1) * (y2 - y1) / (drawn.width * drawn.height) for _, x1, y1, x2, y2 in drawn.boxes]
+        assert record["crop_area"][0] == pytest.approx(max(areas, default=0), abs=0.02)
+        cropped += len(areas)
+        assert all(
+            (share > 0) <= (calls > 0) for share, calls in zip(record["evidence"], record["operations"], strict=True)
+        )
+    assert cropped > 0 and max(x for record in records[1:3] for x in record["evidence"]) > 0
+
+
+@pytest.mark.slow
+def test_without_looking_and_with_the_evidence_alone(questions, tmp_path):
+    """Another question cannot be asked about its evidence; what is shown is grey, or cut out; an answer can be begun."""
+    blind = answer(questions[:2], tmp_path / "blind", mode="blind")
+    (made,) = transcript.load(tmp_path / "blind" / "traces" / "1.json")
+    assert (pixels(made.pictures[0]) == GREY).all() and all(x["operations"] == [0, 0] for x in blind)
+    found = answer(questions[:2], tmp_path / "evidence", mode="evidence")
+    assert "there is no reference box" in found[0]["unanswered"] and "unanswered" not in found[1]
+    policy = Policy(scripted_model.model(), scripted_model.vocabulary(), scripted_model.token_tables())
+    exam = Exam(BENCHMARK, LIMITS, "none", 2, 0, opening="I see \\boxed{")
+    run.evaluate(policy, questions[:2], exam, tmp_path / "begun")
+    texts = [text for record in read_records(tmp_path / "begun") for text in record["responses"]]
+    assert texts and all(text.startswith("I see \\boxed{") for text in texts)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path, monkeypatch, capsys):
@@ -198,11 +233,11 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
 
 
 def test_without_operations_no_tools_are_offered(questions):
-    limits = stages.rollout_config(LIMITS, "none", 3584)
-    assert limits.max_calls == 0 and not limits.blank
+    limits = Exam(BENCHMARK, LIMITS, "none").limits
+    assert limits.max_calls == 0 and not limits.blank and limits.max_side == BENCHMARK.max_side
     words = scripted_model.vocabulary()
     for mode, offered in {"operations": True, "blank": True, "none": False}.items():
-        ids = prompt_tokens(questions[1].query(), words, LIMITS, stages.guidelines(mode))
+        ids = prompt_tokens(questions[1].query(), words, LIMITS, Exam(BENCHMARK, LIMITS, mode).guidelines)
         assert (b"crop_image_normalized" in words.to_bytes(ids)) is offered
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from pixel_jax.config import load, shipped_configs
 from pixel_jax.evaluation.config import EvalConfig
-from pixel_jax.evaluation.stages import rollout_config
+from pixel_jax.evaluation.stages import Exam
 from pixel_jax.models.released import released
 from pixel_jax.planning.programs import Recipe, abstract_model, array, prompt_arrays, rollout_shape
 from pixel_jax.quickstart.vocabulary import build_vocabulary
@@ -54,7 +54,7 @@ def evaluation(benchmark: str) -> Recipe:
     values.model, values.out, values.benchmarks[benchmark].data = "DIR", "RUN", "FILE"
     config = load(EvalConfig, values)
     rooms = config.benchmarks[benchmark]
-    return asking(rollout_config(config.rollout, "operations", rooms.max_side), config.batch, rooms.buckets[-1])
+    return asking(Exam(rooms, config.rollout).limits, config.batch, rooms.buckets[-1])
 
 
 def own_data() -> Recipe:
