@@ -455,7 +455,9 @@ def source_of(learner: "Learner") -> Source:
     """
     config = learner.config
     if config.rollout_budget.limits and learner.stages.collect is not collect:
-        raise ValueError("a rollout_budget with a `collect` of one's own: with a budget rows are collected without that stage")
+        raise ValueError(
+            "a rollout_budget with a `collect` of one's own: with a budget rows are collected without that stage"
+        )
     if config.staleness:
         # What runs in the thread has a timer of its own, and is not abandoned.
         learner = copy.copy(learner)
