@@ -365,6 +365,11 @@ def record(phase: Phase, model: Any) -> None:
     trained = [weight for _, path, weight in named_weights(model) if re.match(section.trainable, path)]
     if not all(isinstance(weight, LoRAWeight) for weight in trained):
         return
+    if command == "rl" and config.learning.rollout_budget.limits:
+        say(
+            "what the adapter was trained on is not recorded: with a rollout_budget, the order of the data does not say it"
+        )
+        return
     if command == "sft":
         packing = phase.packing
         examples, shapes, size, epoch = packing.examples, packing.buckets, packing.size, packing.epoch

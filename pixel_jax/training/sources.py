@@ -27,6 +27,7 @@ from pixel_jax.rollouts.partial import no_records, partial_rollout
 from pixel_jax.rollouts.queue import RowRecord
 from pixel_jax.rollouts.rollout import check_records, static_shape
 from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import Calls, HostPrompts, Trajectories, Views, take_prompts, take_rows
 from pixel_jax.terminal import say
 from pixel_jax.tools.calls import Values
@@ -236,6 +237,9 @@ class CarriedRows:
             "rows_carried": int(np.sum(unfinished & (rest.records.length > 0))),
             "prompts_waiting": sum(x.prompt_count for x in self.waiting.values()),
         }
+        if config.time_operations and i % config.time_operations == 0:  # of all rows, also what they were shown before
+            metrics["seconds_operations"] = seconds_of_operations(actor, now.prompts, trajectories, config.rollout)
+            learner.timer.lap("timing")
         shape = static_shape(questions.prompts, config.rollout, learner.mesh)
         return Collected(questions, rows, rows, shape, metrics)
 

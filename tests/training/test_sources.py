@@ -16,8 +16,10 @@ from tiny_model import make_model
 
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
+from pixel_jax.parallel.sharding import shardings
 from pixel_jax.rollouts.config import RolloutBudget
-from pixel_jax.training import loop
+from pixel_jax.training import loop, sources
+from pixel_jax.training import rl as rl_module
 from pixel_jax.training.checkpoint import CheckpointError
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
@@ -103,6 +105,26 @@ def test_rows_are_written_ahead_and_a_restart_is_exact(tmp_path, monkeypatch):
     monkeypatch.setattr(NOTICE, "requested", False)
     assert_same(whole, run_ahead(tmp_path / "parts", save_every=2))
     assert lines_of(tmp_path / "parts") == lines
+
+
+@pytest.mark.slow
+def test_the_rows_are_those_of_the_policy_before(tmp_path, monkeypatch):
+    """Taking turns with the policy of the iteration before, kept on the host, comes to the same bits."""
+    ahead = run_ahead(tmp_path / "ahead")
+    mesh, rolled = halves()
+
+    class Late(sources.Together):
+        kept: list = []
+
+        def take(self, state, i):
+            self.kept.append(jax.tree.map(np.array, state.model))
+            number = max(0, i - 1)
+            return self.roller.roll(jax.device_put(self.kept[number], shardings(self.kept[number], rolled)), i, number)
+
+    late = lambda learner: Late(sources.WholeBatches(learner, learner.ask), learner.policy, learner.data)
+    monkeypatch.setattr(rl_module, "source_of", late)
+    assert_same(ahead, run_ahead(tmp_path / "late"))
+    assert lines_of(tmp_path / "ahead") == lines_of(tmp_path / "late")
 
 
 @pytest.mark.slow
@@ -195,9 +217,11 @@ def test_rows_carry_over_and_a_restart_is_exact(tmp_path):
     assert mixed
     asked = [tuple(uid) for scored in seen for uid in scored.collected.questions.prompts.uid]
     assert len(asked) == len(set(asked))  # no prompt is trained on twice
-    for after in (2, 3):
-        with pytest.raises(KeyboardInterrupt):
-            run_carried(tmp_path / "parts", watched=killed(after))
+    with pytest.raises(KeyboardInterrupt):
+        run_carried(tmp_path / "parts", watched=killed(2))
+    # Told to go when rows are scored, it abandons the iteration: the rows that wait are those before it.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
+        run_carried(tmp_path / "parts", watched=lambda scored: patch.setattr(NOTICE, "requested", True))
     assert_same(whole, run_carried(tmp_path / "parts"))
     assert lines_of(tmp_path / "parts") == lines
     # The same directory with other limits: the rows that wait are of another shape.
