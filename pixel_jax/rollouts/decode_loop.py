@@ -536,7 +536,6 @@ def reread(
     prompt = rows_prompts(state, shared.prompts, config, shape).at.reshape(-1)
     lacking = unread(state, assistant_prefix)
     rows = (state.tokens, turn_numbers(state.loss_mask), state.length, state.calls, prompt, lacking, shared.prefix)
-    nothing = RowState(**dict.fromkeys(RowState._fields))
 
     def body(chunk: Chunk, read_so_far):
         mine = jax.tree.map(chunk.take, (*rows, *read_so_far))
@@ -557,7 +556,7 @@ def reread(
             counts = jnp.sum(here, axis=1, dtype=jnp.int32)
             return append(model, layers, shared._replace(prefix=prefixes), few, ids, counts, images, piece=REREAD_CHUNK)
 
-        few = nothing._replace(
+        few = state._replace(**dict.fromkeys(RowState._fields))._replace(
             tokens=tokens, length=jnp.full_like(length, prefix), hidden=hidden, next_pos=next_pos, cache=cache
         )
         few = jax.lax.fori_loop(0, jnp.max(turn) + 1, read_turn, few)

@@ -34,7 +34,7 @@ from pixel_jax.rollouts.views import map_views, render
 from pixel_jax.tools.device import ImageHistory
 
 T = TypeVar("T")
-Rows = TypeVar("Rows", RowState, "RowOutput", "RowRecord")
+Rows = TypeVar("Rows", bound="RowState | RowOutput | RowRecord")
 # The most prompts, and the most of their tokens, that each data shard reads at once if all are read at the start. Eight prompts
 # of 6,144 tokens, each with a picture of 20,480 patches, take 17 GiB in a 7B model in float32.
 PROMPT_CHUNK, PROMPT_TOKENS = 8, 2**15

@@ -230,7 +230,8 @@ def visual_record(state: dict[str, Any]) -> VisualRecord:
     views, drawings = Views(**state["source"]["views"]), state["source"]["drawings"]
     if drawings is not None:
         drawings = Drawings(**drawings | {"values": Values(**drawings["values"])})
-    return VisualRecord(**state | {"source": PatchSource(views, drawings)})
+    fields: Any = {**state, "source": PatchSource(views, drawings)}
+    return VisualRecord(**fields)
 
 
 def unstacked(state: dict[str, Any]) -> Iterator[Rows]:

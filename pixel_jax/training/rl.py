@@ -127,7 +127,8 @@ class Learner:
         mesh: Mesh | None = None,
         rollout_mesh: Mesh | None = None,
     ):
-        self.data, self.stages, self.config, self.mesh = data, stages, config, mesh
+        self.data: Any = data
+        self.stages, self.config, self.mesh = stages, config, mesh
         self.notice = NOTICE
         apart = rollout_mesh is not None and are_apart(mesh, rollout_mesh)
         if config.staleness and not apart:

@@ -29,6 +29,7 @@ from pixel_jax.rollouts.rollout import check_records, static_shape
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import Calls, HostPrompts, Trajectories, Views, take_prompts, take_rows
+from pixel_jax.signals import Signals
 from pixel_jax.terminal import say
 from pixel_jax.tools.calls import Values
 from pixel_jax.training.loop import Local, Stateful, Timer
@@ -49,6 +50,7 @@ class Source(Protocol):
 
     def take(self, state: TrainState, i: int) -> Collected:
         """Returns the rows of iteration i, whose training begins from `state`."""
+        ...
 
     def done(self) -> None:
         """Says that the rows that were taken last have been trained on: they are not needed after a restart."""
@@ -62,6 +64,7 @@ class Roller(Protocol):
 
     def roll(self, actor: Model, i: int, number: int) -> Collected:
         """Returns the rows of iteration i, written by `actor`, the policy after `number` iterations."""
+        ...
 
     def get_state(self) -> Any:
         """Returns the state, with which rolling out goes on after a restart. It does not change afterwards."""
@@ -231,7 +234,7 @@ class CarriedRows:
             policy=np.concatenate([blank, policy[rows_of(ready, group)]], axis=1),
         )
         unfinished = rest.records.stop < 0
-        metrics = {
+        metrics: dict[str, float] = {
             "rollout_calls": calls,
             "rows_resumed": resumed,  # rows that were begun in an earlier iteration
             "rows_carried": int(np.sum(unfinished & (rest.records.length > 0))),
@@ -357,19 +360,9 @@ class Ahead:
 
     host: Mapping[str, Stateful] = {}
 
-    def __init__(
-        self,
-        roller: Roller,
-        timer: Callable[[], Timer],
-        policy: Callable[[TrainState], Model],
-        log: QuestionLog,
-        *,
-        staleness: int,
-        iterations: int,
-    ):
-        """`timer` starts the timer of the next rollout, which `roller` uses."""
-        self.roller, self.timer, self.policy, self.log = roller, timer, policy, log
-        self.staleness, self.iterations = staleness, iterations
+    def __init__(self, roller: Roller, learner: "Learner", log: QuestionLog):
+        """`learner`: that of the rollouts, whose timer is started anew for each."""
+        self.roller, self.learner, self.log = roller, learner, log
         self.begun = 0  # iterations whose rollout was begun
         self.jobs: collections.OrderedDict[int, concurrent.futures.Future[Collected]] = collections.OrderedDict()
         self.taken: int | None = None
@@ -379,19 +372,20 @@ class Ahead:
 
     def take(self, state: TrainState, i: int) -> Collected:
         """See `Source`. It waits for the rows, which the metric `seconds_waiting` shows."""
-        self.begun, self.taken = max(self.begun, i), i
-        while self.begun <= min(i + self.staleness, self.iterations - 1):
-            self.jobs[self.begun] = self.pool.submit(self._roll, self.policy(state), self.begun, i)
+        config, self.begun, self.taken = self.learner.config, max(self.begun, i), i
+        while self.begun <= min(i + config.staleness, config.iterations - 1):
+            self.jobs[self.begun] = self.pool.submit(self._roll, self.learner.policy(state), self.begun, i)
             self.begun += 1
         return self.jobs[i].result()
 
     def _roll(self, actor: Model, i: int, number: int) -> Collected:
         """Rolls out in the thread, with the times of the rollout's devices as metrics."""
-        waited, timer = time.monotonic() - self.idle_since, self.timer()
+        waited = time.monotonic() - self.idle_since
+        self.learner.timer = Timer()
         collected = self.roller.roll(actor, i, number)
         jax.block_until_ready(actor)
         self.idle_since = time.monotonic()
-        times = {f"rollouts_{name}": x for name, x in timer.metrics.items()}
+        times = {f"rollouts_{name}": x for name, x in self.learner.timer.metrics.items()}
         return collected._replace(metrics={**collected.metrics, **times, "rollouts_seconds_waiting": waited})
 
     def done(self) -> None:
@@ -415,7 +409,7 @@ class Ahead:
         self.jobs.clear()
         for x in state["rows"]:
             job: concurrent.futures.Future[Collected] = concurrent.futures.Future()
-            job.set_result(restored(x, batches, self.roller.learner))
+            job.set_result(restored(x, batches, self.learner))
             self.jobs[x["iteration"]] = job
         self.begun = 1 + max(self.jobs, default=-1)
 
@@ -445,12 +439,6 @@ def restored(state: Mapping[str, Any], batches: Mapping[int, Questions], learner
     return Collected(questions, trajectories, trajectories, shape, state["metrics"])
 
 
-class Unheard:
-    """Signals that nobody gives."""
-
-    told = False
-
-
 def source_of(learner: "Learner") -> Source:
     """Makes the source that the configuration says.
 
@@ -463,9 +451,9 @@ def source_of(learner: "Learner") -> Source:
             "a rollout_budget with a `collect` of one's own: with a budget rows are collected without that stage"
         )
     if config.staleness:
-        # What runs in the thread has a timer of its own, and is not abandoned.
+        # What runs in the thread has a timer of its own, and is not abandoned: these signals are never given.
         learner = copy.copy(learner)
-        learner.notice = Notice(Unheard())
+        learner.notice = Notice(Signals())
     log = QuestionLog(learner.data, learner.ask)
     if config.rollout_budget.limits:
         roller: CarriedRows | WholeBatches = CarriedRows(learner, log)
@@ -474,11 +462,7 @@ def source_of(learner: "Learner") -> Source:
     if not config.staleness:
         return Together(roller, learner.policy, learner.data, log if config.rollout_budget.limits else None)
 
-    def timer() -> Timer:
-        learner.timer = Timer()
-        return learner.timer
-
-    return Ahead(roller, timer, learner.policy, log, staleness=config.staleness, iterations=config.iterations)
+    return Ahead(roller, learner, log)
 
 
 def token_ages(trajectories: Trajectories, i: int) -> dict[str, float]:
