@@ -161,6 +161,11 @@ class Waiting(NamedTuple):
         """G."""
         return len(self.examples)
 
+    @property
+    def unfinished(self) -> int:
+        """The number of rows that were begun and are not done."""
+        return int(np.sum((self.records.length > 0) & (self.records.stop < 0)))
+
     def take(self, which: np.ndarray) -> "Waiting":
         """Takes prompts by their indices, int [k], with all their rows."""
         rows = rows_of(which, len(self.policy) // max(self.prompt_count, 1))
@@ -203,48 +208,41 @@ class CarriedRows:
         learner, config = self.learner, self.learner.config
         group = config.rollout.group_size
         unit = config.train_batch // np.gcd(config.train_batch, group)  # prompts that fill whole updates
-        resumed, calls = None, 0
-        while True:
+        resumed, calls, ready = None, 0, np.arange(0)
+        while not ready.size:
             now = self._next(i)
-            begun = now.records.length > 0
-            resumed = int(np.sum(begun & (now.records.stop < 0))) if resumed is None else resumed
+            resumed = now.unfinished if resumed is None else resumed
             learner.timer.lap("input")
-            key = jax.random.key(config.seed)
-            trajectories, records = jax.tree.map(
-                local_rows,
-                partial_rollout(actor, now.prompts, now.records, key, config.rollout, config.rollout_budget),
-            )
+            trajectories, now = self._write(actor, now, number)
             learner.timer.lap("rollout")
-            calls += 1
-            new = records.loss_mask & (now.policy < 0)
-            policy = np.where(records.loss_mask, np.where(new, number, now.policy), -1).astype(np.int32)
-            now = now._replace(records=records, policy=policy)
-            ended = np.flatnonzero(np.all(records.stop.reshape(-1, group) >= 0, axis=1))
+            ended, calls = np.flatnonzero(np.all(now.records.stop.reshape(-1, group) >= 0, axis=1)), calls + 1
             ready = ended[: len(ended) // unit * unit]
-            rest = now.take(np.setdiff1d(np.arange(now.prompt_count), ready))
-            later = self.waiting.get(now.prompts.shape)
-            self.waiting[now.prompts.shape] = rest if later is None else rest.join(later)
-            if len(ready):
-                break
-        questions = now.take(ready).questions(i)
-        rows = take_rows(trajectories, rows_of(ready, group))
-        blank = np.full((len(rows.stop), rows.tokens.shape[1] - policy.shape[1]), -1, np.int32)
-        rows = rows._replace(
-            prompt=np.repeat(np.arange(len(ready), dtype=np.int32), group),
-            policy=np.concatenate([blank, policy[rows_of(ready, group)]], axis=1),
-        )
-        unfinished = rest.records.stop < 0
+            rest, shape = now.take(np.setdiff1d(np.arange(now.prompt_count), ready)), now.prompts.shape
+            self.waiting[shape] = rest.join(self.waiting[shape])
         metrics: dict[str, float] = {
             "rollout_calls": calls,
             "rows_resumed": resumed,  # rows that were begun in an earlier iteration
-            "rows_carried": int(np.sum(unfinished & (rest.records.length > 0))),
+            "rows_carried": rest.unfinished,
             "prompts_waiting": sum(x.prompt_count for x in self.waiting.values()),
         }
         if config.time_operations and i % config.time_operations == 0:  # of all rows, also what they were shown before
             metrics["seconds_operations"] = seconds_of_operations(actor, now.prompts, trajectories, config.rollout)
             learner.timer.lap("timing")
-        shape = static_shape(questions.prompts, config.rollout, learner.mesh)
-        return Collected(questions, rows, rows, shape, metrics)
+        questions = now.take(ready).questions(i)
+        rows = take_rows(trajectories, rows_of(ready, group))
+        rows = rows._replace(prompt=np.repeat(np.arange(len(ready), dtype=np.int32), group))
+        return Collected(questions, rows, rows, static_shape(questions.prompts, config.rollout, learner.mesh), metrics)
+
+    def _write(self, actor: Model, now: Waiting, number: int) -> tuple[Trajectories, Waiting]:
+        """Goes on with rows until the budget is spent, and notes the policy of new tokens: on the host."""
+        config, key = self.learner.config, jax.random.key(self.learner.config.seed)
+        written = partial_rollout(actor, now.prompts, now.records, key, config.rollout, config.rollout_budget)
+        trajectories, records = jax.tree.map(local_rows, written)
+        policy = np.where(now.policy < 0, number, now.policy)
+        policy = np.where(records.loss_mask, policy, -1).astype(np.int32)
+        prompt_width = trajectories.tokens.shape[1] - policy.shape[1]
+        whole = np.pad(policy, ((0, 0), (prompt_width, 0)), constant_values=-1)
+        return trajectories._replace(policy=whole), now._replace(records=records, policy=policy)
 
     def _next(self, i: int) -> Waiting:
         """Takes as many prompts as an iteration has from those that wait, after asking for as many as are missing."""
@@ -286,8 +284,8 @@ class CarriedRows:
 
     def close(self) -> None:
         """See `Roller`."""
-        waiting = list(self.waiting.values())
-        if begun := sum(int(np.sum((x.records.length > 0) & (x.records.stop < 0))) for x in waiting):
+        waiting = self.waiting.values()
+        if begun := sum(x.unfinished for x in waiting):
             prompts = sum(x.prompt_count for x in waiting)
             say(f"{begun} rows of {prompts} prompts were not done when the run ended, and are not trained on")
 

@@ -14,9 +14,11 @@ import shared_worker
 import test_rl
 from tiny_model import make_model
 
+from pixel_jax.config import ConfigError, load
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.sharding import shardings
+from pixel_jax.phases import Phase
 from pixel_jax.rollouts.config import RolloutBudget
 from pixel_jax.training import loop, sources
 from pixel_jax.training import rl as rl_module
@@ -300,3 +302,33 @@ def test_meshes_that_cannot_be_are_refused():
     own = test_rl.stages(config, collect=lambda *_: None)
     with pytest.raises(ValueError, match="a rollout_budget with a `collect` of one's own"):
         begin(config, None, None, stages=own)
+
+
+def test_rows_written_ahead_have_the_devices_behind_those_of_training():
+    def ids(mesh, shape, staleness=1):
+        config = types.SimpleNamespace(rollout_mesh=shape, learning=types.SimpleNamespace(staleness=staleness))
+        phase = types.SimpleNamespace(ahead=staleness > 0, mesh=mesh and make_mesh(mesh), config=config)
+        found = Phase.rollout_mesh.fget(phase)
+        return found and [device.id for device in found.devices.flat]
+
+    assert ids({"data": 4}, {"data": -1}) == [4, 5, 6, 7] and ids({"data": 2}, {"tensor": 4}) == [2, 3, 4, 5]
+    assert ids({"data": 4}, {"data": 4}, staleness=0) == [0, 1, 2, 3] and ids({"data": 4}, {}, staleness=0) is None
+    with pytest.raises(
+        UserError, match="has all 8 devices, and config.rl.staleness needs some for config.rollout_mesh"
+    ):
+        ids({"data": -1}, {"data": 4})
+    for mesh, shape in ((None, {"data": 4}), ({"data": 4}, {})):
+        with pytest.raises(
+            UserError, match="rollouts need devices of their own; set config.mesh and config.rollout_mesh"
+        ):
+            ids(mesh, shape)
+
+
+def test_a_budget_in_a_config():
+    values = {"iterations": 2, "loss": {"importance_cap": 2.0}}
+    found = load(RLConfig, {**values, "rollout_budget": {"tokens": 9, "share": 0.5}})
+    assert found.rollout_budget == RolloutBudget(tokens=9, share=0.5)
+    with pytest.raises(ConfigError, match=r"config\.rollout_budget: a rollout budget of the share 1\.5 of the rows"):
+        load(RLConfig, {**values, "rollout_budget": {"share": 1.5}})
+    with pytest.raises(ConfigError, match=r"config\.rollout_budget\.share must be .*not nan"):
+        load(RLConfig, {**values, "rollout_budget": {"share": float("nan")}})
