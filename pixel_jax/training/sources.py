@@ -208,8 +208,8 @@ class CarriedRows:
         learner, config = self.learner, self.learner.config
         group = config.rollout.group_size
         unit = config.train_batch // np.gcd(config.train_batch, group)  # prompts that fill whole updates
-        resumed, calls, ready = None, 0, np.arange(0)
-        while not ready.size:
+        resumed, calls = None, 0
+        while True:
             now = self._next(i)
             resumed = now.unfinished if resumed is None else resumed
             learner.timer.lap("input")
@@ -219,6 +219,8 @@ class CarriedRows:
             ready = ended[: len(ended) // unit * unit]
             rest, shape = now.take(np.setdiff1d(np.arange(now.prompt_count), ready)), now.prompts.shape
             self.waiting[shape] = rest.join(self.waiting[shape])
+            if ready.size:
+                break
         metrics: dict[str, float] = {
             "rollout_calls": calls,
             "rows_resumed": resumed,  # rows that were begun in an earlier iteration

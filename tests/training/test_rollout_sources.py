@@ -14,6 +14,7 @@ import shared_worker
 import test_rl
 from tiny_model import make_model
 
+from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError, load
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
