@@ -138,13 +138,13 @@ def append(
         x = model.embed(ids, features, grids)
     positions, next_pos = model.positions(ids, valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos)
     if chunk is None:
-        last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix, piece)
+        last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix, most=piece)
     else:
 
         def body(chunk: Chunk, read_so_far):
             mine = (x, jnp.moveaxis(positions, 0, 1), lengths, *read_so_far, shared.prefix)
             embedded, positions_of_rows, *rest = jax.tree.map(chunk.take, mine)
-            results = read(model, layers, embedded, jnp.moveaxis(positions_of_rows, 1, 0), *rest, piece)
+            results = read(model, layers, embedded, jnp.moveaxis(positions_of_rows, 1, 0), *rest, most=piece)
             return jax.tree.map(chunk.put, read_so_far, results)
 
         with jax.named_scope("readers"):
@@ -159,7 +159,7 @@ def append(
     )
 
 
-def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix, most: int):
+def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix, *, most: int):
     """Appends the first `lengths` (int32 [R]) of the embeddings `x` [R, T, D] to the caches of the rows.
 
     It computes `most` tokens at a time for as long as any row has more, because T is that of the longest possible
