@@ -57,6 +57,7 @@ KINDS: Mapping[str, ChangeKind] = {
     ),
     # The unit of a saved position in the data, and the arrays that are saved.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), ChangeKind.FIXED),
+    "rl.staleness": ChangeKind.FIXED,
     "adapter_weights": ChangeKind.FIXED,
     **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), ChangeKind.FIXED),
 }

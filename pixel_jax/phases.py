@@ -131,8 +131,27 @@ class Phase:
 
     @property
     def rollout_mesh(self) -> Mesh | None:
-        """The mesh of rollouts; None: the mesh of training."""
-        return make_mesh(self.config.rollout_mesh) if self.config.rollout_mesh else None
+        """The mesh of rollouts; None: the mesh of training. Rows are written ahead by the devices behind those of training."""
+        shape = self.config.rollout_mesh
+        if not self.ahead:
+            return make_mesh(shape) if shape else None
+        if self.mesh is None or not shape:
+            raise UserError(
+                f"config.rl.staleness is {self.config.learning.staleness}: rollouts need devices of their own; set "
+                "config.mesh and config.rollout_mesh"
+            )
+        devices = jax.devices()[self.mesh.size :]
+        if not devices:
+            raise UserError(
+                f"config.mesh {dict(self.mesh.shape)} has all {self.mesh.size} devices, and config.rl.staleness needs some for "
+                "config.rollout_mesh: make config.mesh smaller"
+            )
+        return make_mesh(shape, devices)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether rows are written ahead, by devices of their own."""
+        return self.config.rl is not None and self.command == "rl" and self.config.learning.staleness > 0
 
     @property
     def run_options(self) -> dict[str, Any]:
@@ -150,7 +169,9 @@ class Phase:
     @property
     def looks(self) -> HeldOutLooks:
         """The maker of evaluations on held-out examples."""
-        by = Sampling(self.vocabulary, self.tables, self.mesh, self.rollout_mesh, self.rollouts or rollout)
+        # Devices that write rows ahead are busy: held-out questions are answered by those of training.
+        mesh = None if self.ahead else self.rollout_mesh
+        by = Sampling(self.vocabulary, self.tables, self.mesh, mesh, self.rollouts or rollout)
         return HeldOutLooks(self.config, self.auto_shapes(self.config.watch.batch), by)
 
     def auto_shapes(self, rows: int) -> AutoShapes:
@@ -318,6 +339,13 @@ def learn(phase: Phase, model: Any) -> Any:
     shapes = list(dict.fromkeys(x.shape for x in questions))
     look = phase.looks.of_learning(phase_data.held_out, shapes) if phase_data.held_out else None
     watch = phase.watch(section.iterations, look)
+    older = [f"staleness {section.staleness}"] * bool(section.staleness)
+    older += ["a rollout_budget"] * section.rollout_budget.limits
+    if older and phase.rollouts is not None:
+        raise UserError(
+            f"config.rl has {' and '.join(older)}, and some of the tools {', '.join(config.tools)} run on the host: with such "
+            "tools rollouts and training take turns, and rows are written to their ends"
+        )
     stages = Stages(
         Rewards.of(section.reward, lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")),
         advantages=watch.advantages,
@@ -340,6 +368,11 @@ def record(phase: Phase, model: Any) -> None:
     section = config.tuning if command == "sft" else config.learning
     trained = [weight for _, path, weight in named_weights(model) if re.match(section.trainable, path)]
     if not all(isinstance(weight, LoRAWeight) for weight in trained):
+        return
+    if command == "rl" and config.learning.rollout_budget.limits:
+        say(
+            "what the adapter was trained on is not recorded: with a rollout_budget, the order of the data does not say it"
+        )
         return
     if command == "sft":
         packing = phase.packing

@@ -14,6 +14,27 @@ TOKEN_PIXELS = 28**2  # of a visual token of Qwen2.5-VL: the unit of the release
 
 
 @dataclasses.dataclass(frozen=True)
+class RolloutBudget:
+    """What ends a call of a rollout before all its rows are done: whichever of the limits is reached first."""
+
+    tokens: int | None = None  # that a slot writes in a call, without observations and prompts. None: no limit
+    # Of the rows that the call begins with unfinished, the share after whose end it stops, in (0, 1]. None: no limit.
+    share: float | None = None
+
+    def __post_init__(self):
+        if self.tokens is not None and (type(self.tokens) is not int or self.tokens < 1):
+            raise ValueError(f"a rollout budget of {self.tokens!r} tokens: give a whole number of at least 1, or None")
+        share = self.share
+        if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
+            raise ValueError(f"a rollout budget of the share {share!r} of the rows: give a number in (0, 1], or None")
+
+    @property
+    def limits(self) -> bool:
+        """Whether there is any limit."""
+        return self.tokens is not None or self.share is not None
+
+
+@dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     """Settings of a rollout, static in compiled programs. Pixel budgets are areas, inclusive, before rounding to `factor`."""
 

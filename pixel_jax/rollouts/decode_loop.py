@@ -7,6 +7,7 @@ A row is *writing*, *waiting* (its turn has ended), *asking* (a host tool) or *d
 prompt; each slot has a cache for the tokens behind it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -43,6 +44,9 @@ from pixel_jax.rollouts.views import show_waiting, visible_buffers
 from pixel_jax.tools.device import ImageHistory, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING, the device can go on with the row
+
+# Tokens of a row that are computed at a time: of an observation, and of what a row without a cache reads again.
+READ_CHUNK, REREAD_CHUNK = 32, 128
 
 
 class Shared(NamedTuple):
@@ -93,7 +97,7 @@ def row_keys(
 ) -> jax.Array:
     """Returns the random keys [R] of the rows, which follow from the `uid` of their prompt and their index in its group."""
     uid = rows_prompts(state, prompts, config, shape).take(prompts.uid)
-    of_row = lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member)
+    of_row = lambda uid, member: functools.reduce(jax.random.fold_in, [*uid.reshape(-1), member], key)
     return jax.vmap(of_row)(uid, state.row % config.group_size)
 
 
@@ -108,6 +112,7 @@ def append(
     *,
     shards: int = 1,
     chunk: int | None = None,
+    piece: int = READ_CHUNK,
 ) -> RowState:
     """Appends ids to the rows, which read them into their caches.
 
@@ -121,6 +126,7 @@ def append(
       images: features [R, V, P//4, D] and grids int32 [R, V, 3] of the images among the ids, in order; None: there are none.
       shards: data shards that rows are split over.
       chunk: how many rows of each shard to compute at a time, leaving out those with nothing to read. None: all.
+      piece: how many tokens of each row to compute at a time.
     """
     rows, width = ids.shape
     valid = jnp.arange(width) < lengths[:, None]
@@ -132,13 +138,13 @@ def append(
         x = model.embed(ids, features, grids)
     positions, next_pos = model.positions(ids, valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos)
     if chunk is None:
-        last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix)
+        last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix, most=piece)
     else:
 
         def body(chunk: Chunk, read_so_far):
             mine = (x, jnp.moveaxis(positions, 0, 1), lengths, *read_so_far, shared.prefix)
             embedded, positions_of_rows, *rest = jax.tree.map(chunk.take, mine)
-            results = read(model, layers, embedded, jnp.moveaxis(positions_of_rows, 1, 0), *rest)
+            results = read(model, layers, embedded, jnp.moveaxis(positions_of_rows, 1, 0), *rest, most=piece)
             return jax.tree.map(chunk.put, read_so_far, results)
 
         with jax.named_scope("readers"):
@@ -153,13 +159,10 @@ def append(
     )
 
 
-READ_CHUNK = 32
-
-
-def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
+def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix, *, most: int):
     """Appends the first `lengths` (int32 [R]) of the embeddings `x` [R, T, D] to the caches of the rows.
 
-    It computes `READ_CHUNK` tokens at a time for as long as any row has more, because T is that of the longest possible
+    It computes `most` tokens at a time for as long as any row has more, because T is that of the longest possible
     observation, and most are much shorter.
 
     Returns:
@@ -183,7 +186,7 @@ def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, pr
 
     if x.shape[1] == 1:
         return piece(0, 1, hidden, cache)
-    width = min(READ_CHUNK, x.shape[1])
+    width = min(most, x.shape[1])
     spare = -x.shape[1] % width
     x, positions = jnp.pad(x, ((0, 0), (0, spare), (0, 0))), jnp.pad(positions, ((0, 0), (0, 0), (0, spare)))
     longest = jnp.max(lengths)
@@ -395,8 +398,7 @@ def answer(
             shape,
             shared.pictures,
         )
-    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // config.patch_size], axis=-1)
-
+    grids = view_grids(view, config)
     shown = jnp.where(showing, number, config.max_calls)
     state = state._replace(
         calls=calls,
@@ -408,6 +410,11 @@ def answer(
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
     images = None if features is None else (features, grids)
     return append(model, layers, shared, state, ids, lengths, images, **chunks)
+
+
+def view_grids(view: Views, config: RolloutConfig) -> jax.Array:
+    """Returns the grids of views [..., V], in patches: int32 [..., V, 3], zeros for no view."""
+    return jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // config.patch_size], axis=-1)
 
 
 def drop_last_turn(state: RowState, crowded: jax.Array, config: RolloutConfig) -> RowState:
@@ -487,6 +494,78 @@ def writes_on(state: RowState, takes: jax.Array, config: RolloutConfig, shape: R
     enough = min(local, max(config.observe_chunk, local // 4))
     idle = (state.status == WAITING) | takes
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
+
+
+def settle(state: RowState, parser: CallParser) -> RowState:
+    """Ends the rows whose turns have ended without a call, as `observe` would, so that they need not be observed."""
+    answered = (state.status == WAITING) & ~parser.finish(state.parser).required
+    return state._replace(
+        status=jnp.where(answered, DONE, state.status), stop=jnp.where(answered, STOP_ANSWER, state.stop)
+    )
+
+
+def turn_numbers(loss_mask: jax.Array) -> jax.Array:
+    """Numbers the tokens of rows by their turns: bool [R, L] -> int32 [R, L].
+
+    An observation belongs to the turn that it answers, a prefix to the first turn.
+    """
+    begins = loss_mask & ~jnp.pad(loss_mask[:, :-1], ((0, 0), (1, 0)))
+    return jnp.maximum(jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def unread(state: RowState, assistant_prefix: jax.Array) -> jax.Array:
+    """Says which rows have tokens that their caches lack, because they were begun in an earlier call: bool [R]."""
+    return state.cache.length < state.length - jnp.sum(assistant_prefix >= 0)
+
+
+def reread(
+    model: Model,
+    layers,
+    shared: Shared,
+    state: RowState,
+    assistant_prefix: jax.Array,
+    config: RolloutConfig,
+    shape: RolloutShape,
+) -> RowState:
+    """Lets rows whose caches are empty (`unread`) read what they wrote and were shown before.
+
+    It goes turn by turn, with the images of the turn's call, for `config.observe_chunk` rows of each shard at a time.
+    """
+    width, prefix = state.tokens.shape[1], jnp.sum(assistant_prefix >= 0, dtype=jnp.int32)
+    buffers = visible_buffers(shared.prompts.buffers, config, shared.pictures)
+    prompt = rows_prompts(state, shared.prompts, config, shape).at.reshape(-1)
+    lacking = unread(state, assistant_prefix)
+    rows = (state.tokens, turn_numbers(state.loss_mask), state.length, state.calls, prompt, lacking, shared.prefix)
+
+    def body(chunk: Chunk, read_so_far):
+        mine = jax.tree.map(chunk.take, (*rows, *read_so_far))
+        tokens, turn, length, calls, prompt, lacking, prefixes, hidden, next_pos, cache = mine
+        drawn = drawings(calls, shape.tools, config)
+
+        def read_turn(number, few: RowState) -> RowState:
+            position = few.length[:, None] + jnp.arange(width)
+            at = jnp.minimum(position, width - 1)
+            here = (jnp.take_along_axis(turn, at, axis=1) == number) & (position < length[:, None]) & lacking[:, None]
+            images = None
+            if model.config.vision is not None:
+                view = shown_by(jax.tree.map(lambda x: x[:, number], calls), number)
+                showing = lacking & jnp.any(view.image != NO_IMAGE, axis=1)
+                _, features = show_waiting(model, buffers, prompt, view, showing, drawn, config, shape, shared.pictures)
+                images = features, view_grids(view, config)
+            ids = jnp.take_along_axis(tokens, at, axis=1)
+            counts = jnp.sum(here, axis=1, dtype=jnp.int32)
+            return append(model, layers, shared._replace(prefix=prefixes), few, ids, counts, images, piece=REREAD_CHUNK)
+
+        few = state._replace(**dict.fromkeys(RowState._fields))._replace(
+            tokens=tokens, length=jnp.full_like(length, prefix), hidden=hidden, next_pos=next_pos, cache=cache
+        )
+        few = jax.lax.fori_loop(0, jnp.max(turn) + 1, read_turn, few)
+        return jax.tree.map(chunk.put, read_so_far, (few.hidden, few.next_pos, few.cache))
+
+    with jax.named_scope("reread"):
+        empty = (state.hidden, state.next_pos, state.cache)
+        hidden, next_pos, cache = for_chunks(lacking, shape.shards, config.observe_chunk, body, empty)
+    return state._replace(hidden=hidden, next_pos=next_pos, cache=cache)
 
 
 def resume(state: RowState, run: jax.Array, parser: CallParser) -> RowState:

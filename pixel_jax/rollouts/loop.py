@@ -19,7 +19,7 @@ from pixel_jax.rollouts.decode_loop import ASKING, WAITING, RowState, Shared
 from pixel_jax.rollouts.drawings import ReturnedPictures
 from pixel_jax.rollouts.layers import decoding_layers
 from pixel_jax.rollouts.materialize import VisualRecord
-from pixel_jax.rollouts.queue import Queue
+from pixel_jax.rollouts.queue import Queue, RowRecord
 from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import Prompts, Trajectories
 
@@ -73,10 +73,11 @@ def start(
     config: RolloutConfig,
     shape: RolloutShape,
     mesh: Mesh | None,
+    records: RowRecord | None = None,
 ) -> RolloutState:
-    """Returns the state of a rollout at the start."""
+    """Returns the state of a rollout at the start; with `records` of its rows, these go on from there."""
     temperatures = jnp.broadcast_to(temperature, (prompts.length.shape[0], 2))
-    waiting, rows = queue.start(model, prompts, assistant_prefix, config, shape)
+    waiting, rows = queue.start(model, prompts, assistant_prefix, config, shape, records)
     waiting, rows, temperatures = constrain_rows((waiting, rows, temperatures), mesh)
     return RolloutState(
         prompts,
@@ -120,6 +121,13 @@ def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> Roll
         keys = decode_loop.row_keys(key, rows, prompts, config, shape)
         temperature = decode_loop.rows_prompts(rows, prompts, config, shape).take(state.temperatures)
         shared = Shared(prompts, waiting.prefix, temperature, keys, state.pictures)
+        if waiting.members is not None:
+            rows = when(
+                jnp.any(decode_loop.unread(rows, state.assistant_prefix)),
+                lambda rows: decode_loop.reread(model, layers, shared, rows, state.assistant_prefix, config, shape),
+                rows,
+            )
+            rows = constrain_rows(rows, mesh)
         rows, left, decoding = decode_loop.decode_turns(
             model, layers, shared, rows, functools.partial(takes, waiting), left, config, shape
         )
@@ -194,6 +202,22 @@ def drop(state: RolloutState, indices: jax.Array) -> RolloutState:
 def finished(state: RolloutState) -> jax.Array:
     """Says which prompts have no row left to write: bool [B], replicated."""
     return constrain(queue.finished(state.queue, state.rows, state.config, state.shape), state.mesh)
+
+
+def settle(state: RolloutState) -> RolloutState:
+    """Ends the rows whose turns have ended without a call (`decode_loop.settle`)."""
+    rows = decode_loop.settle(state.rows, state.prompts.tables.parser)
+    return dataclasses.replace(state, rows=constrain_rows(rows, state.mesh))
+
+
+def unfinished(state: RolloutState) -> jax.Array:
+    """Counts the rows that are not done, apart from those that `settle` would end: int32 []."""
+    return constrain(jnp.sum(records(settle(state)).stop < 0, dtype=jnp.int32), state.mesh)
+
+
+def records(state: RolloutState) -> RowRecord:
+    """Returns the records of all rows of a rollout that began with records."""
+    return constrain_rows(queue.records(state.queue, state.rows, state.shape), state.mesh)
 
 
 def finish(state: RolloutState) -> Trajectories[VisualRecord]:

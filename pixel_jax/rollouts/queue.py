@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
+from pixel_jax.dialog.call_parser import ParserState
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.model import Model, encode_visual
@@ -27,12 +29,12 @@ from pixel_jax.rollouts.materialize import VisualRecord, overviews, patch_source
 from pixel_jax.rollouts.operations import first_history
 from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import RolloutShape, budgets
-from pixel_jax.rollouts.trajectory import Calls, Prompts, Trajectories, no_calls
+from pixel_jax.rollouts.trajectory import Calls, HostPrompts, Prompts, Trajectories, no_calls
 from pixel_jax.rollouts.views import map_views, render
 from pixel_jax.tools.device import ImageHistory
 
 T = TypeVar("T")
-Rows = TypeVar("Rows", RowState, "RowOutput")
+Rows = TypeVar("Rows", bound="RowState | RowOutput | RowRecord")
 # The most prompts, and the most of their tokens, that each data shard reads at once if all are read at the start. Eight prompts
 # of 6,144 tokens, each with a picture of 20,480 patches, take 17 GiB in a 7B model in float32.
 PROMPT_CHUNK, PROMPT_TOKENS = 8, 2**15
@@ -54,6 +56,55 @@ class RowOutput(NamedTuple):
     def of(cls, state: RowState) -> "RowOutput":
         """Takes the fields from a state."""
         return cls(**{name: getattr(state, name) for name in cls._fields})
+
+
+class RowRecord(NamedTuple):
+    """R rows without their caches, which are enough to go on with them (`start`); the fields are those of `RowState`.
+
+    They include those of `RowOutput`. A row of length 0 has not begun.
+    """
+
+    tokens: AnyArray
+    loss_mask: AnyArray
+    logprobs: AnyArray
+    length: AnyArray
+    turn_start: AnyArray
+    status: AnyArray
+    stop: AnyArray
+    parser: ParserState
+    history: ImageHistory
+    num_images: AnyArray
+    grids: AnyArray
+    calls: Calls
+    num_calls: AnyArray
+
+    @classmethod
+    def of(cls, state: RowState) -> "RowRecord":
+        """Takes the fields from a state."""
+        return cls(**{name: getattr(state, name) for name in cls._fields})
+
+    @classmethod
+    def empty(
+        cls, rows: int, prompts: Prompts | HostPrompts, config: RolloutConfig, shape: RolloutShape
+    ) -> "RowRecord":
+        """Returns rows of `prompts` that have not begun."""
+        zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((rows, *sizes), dtype)
+        images = config.max_images + prompts.image_sizes.shape[1]
+        return cls(
+            tokens=zeros(config.max_response),
+            loss_mask=zeros(config.max_response, dtype=bool),
+            logprobs=zeros(config.max_response, dtype=jnp.float32),
+            length=zeros(),
+            turn_start=zeros(),
+            status=jnp.full(rows, DONE, jnp.int32),
+            stop=jnp.full(rows, -1, jnp.int32),
+            parser=prompts.tables.parser.init(rows),
+            history=ImageHistory(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
+            num_images=zeros(),
+            grids=zeros(config.max_calls, shape.views, 3),
+            calls=no_calls(rows, config.max_calls + 1, shape.views, shape.tools, jnp),
+            num_calls=zeros(),
+        )
 
 
 def read_together(width: int, *, from_queue: bool) -> int:
@@ -78,7 +129,10 @@ class Queue(NamedTuple):
     left: jax.Array  # int32 [G], rows of that prompt that have not begun
     order: jax.Array  # int32 [B], of prompts that wait, the lowest of a shard is the next; NOT_WAITING for the others
     unread: jax.Array  # int32 [S], number of prompts that wait
-    outputs: RowOutput | None  # of all rows; None if every row has a slot of its own
+    outputs: RowOutput | RowRecord | None  # of all rows; None if every row has a slot of its own
+    # int32 [B, n], the rows of each prompt that are to be written, behind a -1 for each that is done: then `outputs` are records,
+    # from which rows go on. None: all rows of a prompt begin, in order.
+    members: jax.Array | None = None
 
 
 def groups(prompts: Prompts, config: RolloutConfig) -> int:
@@ -87,16 +141,31 @@ def groups(prompts: Prompts, config: RolloutConfig) -> int:
 
 
 def start(
-    model: Model, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
+    model: Model,
+    prompts: Prompts,
+    assistant_prefix: jax.Array,
+    config: RolloutConfig,
+    shape: RolloutShape,
+    records: RowRecord | None = None,
 ) -> tuple[Queue, RowState]:
-    """Returns the queue and the rows at the start: all prompts wait, and all slots are free."""
+    """Returns the queue and the rows at the start: all prompts with rows to write wait, and all slots are free.
+
+    With `records` of all rows, rows go on from there, and no row is written that is done.
+    """
     batch, width = prompts.tokens.shape
     group, count = config.group_size, groups(prompts, config)
     entries = 1 if count == batch else 2
     slots, dim = count * group, model.config.text.hidden_size
     cache = model.empty_cache(count, entries * (width + assistant_prefix.shape[0]))
     pairs = jnp.zeros((count, entries), jnp.int32)
-    order = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), NOT_WAITING)
+    waits, members = prompts.length > 0, None
+    outputs = None if entries == 1 else RowOutput.of(_empty(model, batch * group, prompts, config, shape))
+    if records is not None:
+        done = records.stop.reshape(batch, group) >= 0
+        members = jnp.argsort(~done, axis=1, stable=True).astype(jnp.int32)
+        members = jnp.where(jnp.take_along_axis(done, members, axis=1), -1, members)
+        waits, outputs = waits & ~jnp.all(done, axis=1), records
+    order = jnp.where(waits, jnp.arange(batch, dtype=jnp.int32), NOT_WAITING)
     queue = Queue(
         prefix=Prefix(
             cache.k,
@@ -112,7 +181,8 @@ def start(
         left=jnp.zeros(count, jnp.int32),
         order=order,
         unread=_unread(order, shape),
-        outputs=None if entries == 1 else RowOutput.of(_empty(model, batch * group, prompts, config, shape)),
+        outputs=outputs,
+        members=members,
     )
     return queue, _empty(model, slots, prompts, config, shape)
 
@@ -123,29 +193,15 @@ def _unread(order: jax.Array, shape: RolloutShape) -> jax.Array:
 
 def _empty(model: Model, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
     """Returns the state of free slots."""
-    numbers, most = config.max_calls + 1, prompts.image_sizes.shape[1]
-    zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
     rows = prompts.length.shape[0] // shape.shards * config.group_size
-    images, cache = config.max_images + most, model.empty_cache(slots, config.max_response)
+    cache = model.empty_cache(slots, config.max_response)
     return RowState(
         row=jnp.full(slots, rows, jnp.int32),
-        max_length=zeros(),
-        tokens=zeros(config.max_response),
-        loss_mask=zeros(config.max_response, dtype=bool),
-        logprobs=zeros(config.max_response, dtype=jnp.float32),
-        length=zeros(),
-        turn_start=zeros(),
-        status=jnp.full(slots, DONE, jnp.int32),
-        stop=jnp.full(slots, -1, jnp.int32),
-        hidden=zeros(model.config.text.hidden_size, dtype=model.dtype),
-        next_pos=zeros(),
+        max_length=jnp.zeros(slots, jnp.int32),
+        hidden=jnp.zeros((slots, model.config.text.hidden_size), model.dtype),
+        next_pos=jnp.zeros(slots, jnp.int32),
         cache=cache.quantised() if config.caches == "int8" else cache,
-        parser=prompts.tables.parser.init(slots),
-        history=ImageHistory(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
-        num_images=zeros(),
-        grids=zeros(config.max_calls, shape.views, 3),
-        calls=no_calls(slots, numbers, shape.views, shape.tools, jnp),
-        num_calls=zeros(),
+        **RowRecord.empty(slots, prompts, config, shape)._asdict(),
     )
 
 
@@ -160,7 +216,8 @@ class FreeSlots(NamedTuple):
 def free_slots(queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape) -> FreeSlots:
     """Returns what `refill` would do now. A group only reads a prompt if no row needs the one that it would overwrite.
 
-    It is called at every token, so it does not sort the queue.
+    It is called at every token, so it does not sort the queue. Of a prompt that is opened it counts all rows, also those that are
+    done already (`Queue.members`), to which `refill` gives no slot.
     """
     count, entries = queue.prompt.shape
     idle = (state.status == DONE).reshape(count, -1)
@@ -204,25 +261,50 @@ def refill(
     index = _next_prompts(queue, rank, shape)
     count, entries = queue.prompt.shape
     group = config.group_size
+    left, taken, fresh = (
+        queue.left[:, None],
+        takes.reshape(count, group),
+        jnp.int32(group),
+    )  # fresh: rows of a new prompt
+    if queue.members is not None:
+        fresh = _of_prompts(jnp.sum(queue.members >= 0, axis=1, dtype=jnp.int32), index[:, None], shape)
+        taken &= _rank(taken) < left + jnp.where(opens[:, None], fresh, 0)
+        takes = taken.reshape(-1)
     queue = queue._replace(outputs=write_output(queue.outputs, state, takes, shape))
-    left = queue.left[:, None]
     queue = _read(model, prompts, assistant_prefix, queue, opens, index, config, shape)
+    queue = queue._replace(left=queue.left + jnp.where(opens, fresh.reshape(-1), 0))
 
-    taken = takes.reshape(count, group)
     rank = _rank(taken)
     # The remaining rows of the previous prompt begin first.
     new = rank >= left
     entry = jnp.where(opens[:, None] & ~new, (queue.entry[:, None] + 1) % entries, queue.entry[:, None])
-    member = jnp.where(new, rank - left, group - left + rank)
+    member = jnp.where(new, group - fresh + rank - left, group - left + rank)
     entry = jnp.where(taken, entry, queue.prefix.entry.reshape(count, group))
-    row = jnp.take_along_axis(queue.prompt, entry, axis=1) * group + member
+    prompt = jnp.take_along_axis(queue.prompt, entry, axis=1)
+    if queue.members is not None:
+        order = _of_prompts(queue.members, prompt, shape)  # [G, n, n]
+        member = jnp.take_along_axis(order, jnp.clip(member, 0, group - 1)[..., None], axis=2)[..., 0]
+    row = prompt * group + member
     queue = queue._replace(
         prefix=queue.prefix._replace(entry=entry.reshape(-1)), left=queue.left - jnp.sum(taken, axis=1)
     )
 
-    return queue, _replace_slots(
-        takes, _begin(model, prompts, assistant_prefix, queue, row.reshape(-1), config, shape), state
-    )
+    begun = _begin(model, prompts, assistant_prefix, queue, row.reshape(-1), config, shape)
+    if isinstance(queue.outputs, RowRecord):
+        begun = _go_on(begun, queue.outputs, shape)
+    return queue, _replace_slots(takes, begun, state)
+
+
+def _of_prompts(values: jax.Array, prompt: jax.Array, shape: RolloutShape) -> jax.Array:
+    """Takes the values [B, ...] of prompts with indices `prompt` (int32 [G, k], in the data shard): [G, k, ...]."""
+    taken = Chunk(prompt.reshape(shape.shards, -1), values.shape[0]).take(values)
+    return taken.reshape(*prompt.shape, *values.shape[1:])
+
+
+def _go_on(fresh: RowState, records: RowRecord, shape: RolloutShape) -> RowState:
+    """Returns slots that go on with the rows that they begin, if these were begun before. Their caches are still empty."""
+    mine = jax.tree.map(_rows_of_slots(fresh, records.length.shape[0], shape).take, records)
+    return fresh._replace(**_select(mine.length > 0, mine, RowRecord.of(fresh))._asdict())
 
 
 def _select(which: jax.Array, new: T, old: T) -> T:
@@ -285,8 +367,7 @@ def _read(
     unread = queue.unread - jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)
     now = Chunk(jnp.where(opens, index, batch).reshape(shape.shards, -1), batch)
     order = now.put(queue.order, jnp.full(count, NOT_WAITING))
-    left = queue.left + jnp.where(opens, config.group_size, 0)
-    return queue._replace(entry=entry, left=left, order=order, unread=unread, outputs=outputs)
+    return queue._replace(entry=entry, order=order, unread=unread, outputs=outputs)
 
 
 def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> Visual:
@@ -384,13 +465,15 @@ def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config,
     )
 
 
-def write_output(outputs: RowOutput | None, state: RowState, which: jax.Array, shape: RolloutShape) -> RowOutput | None:
+def write_output(
+    outputs: RowOutput | RowRecord | None, state: RowState, which: jax.Array, shape: RolloutShape
+) -> RowOutput | RowRecord | None:
     """Stores the rows in the slots `which` (bool [R]); slots without a row are skipped."""
     if outputs is None:
         return None
     rows = outputs.length.shape[0]
     stored = _rows_of_slots(state._replace(row=jnp.where(which, state.row, rows)), rows, shape)
-    return jax.tree.map(stored.put, outputs, RowOutput.of(state))
+    return jax.tree.map(stored.put, outputs, outputs.of(state))
 
 
 def admit(
@@ -417,6 +500,9 @@ def drop(
         unread=_unread(order, shape),
         left=jnp.where(unbegun, 0, queue.left),
         outputs=None if queue.outputs is None else _select(of_rows, _blank(queue.outputs, shape), queue.outputs),
+        members=None
+        if queue.members is None
+        else jnp.where(gone[:, None], jnp.arange(config.group_size, dtype=jnp.int32), queue.members),
     )
     # Slots forget the old rows, which would otherwise be stored as rows of the new prompt.
     nothing = jnp.full_like(state.row, of_rows.shape[0] // shape.shards)
@@ -442,20 +528,27 @@ def finished(queue: Queue, state: RowState, config: RolloutConfig, shape: Rollou
     return jnp.all(_all_rows(queue, state, shape).stop.reshape(-1, config.group_size) >= 0, axis=1)
 
 
-def _all_rows(queue: Queue, state: RowState, shape: RolloutShape) -> RowOutput:
+def _all_rows(queue: Queue, state: RowState, shape: RolloutShape) -> RowOutput | RowRecord:
     """Returns all rows: those in slots, and the stored output of the others.
 
     Rows are gathered from the slots, not scattered from them, because a gather of each field is one instruction, and a scatter
     compiles to a loop.
     """
-    here = RowOutput.of(state)
     if queue.outputs is None:
-        return here
+        return RowOutput.of(state)
+    here = queue.outputs.of(state)
     count, slots = queue.outputs.stop.shape[0], state.row.shape[0]
     local = jnp.arange(slots, dtype=jnp.int32) % (slots // shape.shards)
     slot = _rows_of_slots(state, count, shape).put(jnp.full(count, slots), local)
     fetched = jax.tree.map(Chunk(slot.reshape(shape.shards, -1), slots).take, here)
     return _select(slot < slots, fetched, queue.outputs)
+
+
+def records(queue: Queue, state: RowState, shape: RolloutShape) -> RowRecord:
+    """Returns the records of all rows of a rollout that began with records."""
+    rows = _all_rows(queue, state, shape)
+    assert isinstance(rows, RowRecord)
+    return rows
 
 
 def finish(

@@ -39,6 +39,7 @@ from pixel_jax.rollouts.images import pad, ragged, shard_images
 from pixel_jax.rollouts.layers import row_cache_bytes
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.materialize import VisualRecord
+from pixel_jax.rollouts.queue import RowRecord
 from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import HostPrompts, Prompts, Trajectories
 from pixel_jax.terminal import say
@@ -64,7 +65,8 @@ def rollout(
     Args:
       model: the policy.
       prompts: made by `build_prompts`.
-      key: random key; row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
+      key: random key; row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position. Where a `uid`
+        has several numbers, they are folded in one after another.
       config: settings.
       assistant_prefix: token ids that the assistant's first turn begins with in every row; they are not the policy's choice.
 
@@ -99,6 +101,7 @@ def begin(
     *,
     assistant_prefix: Sequence[int] = (),
     capacity: int | None = None,
+    records: RowRecord | None = None,
 ) -> RolloutState:
     """Begins a rollout in steps.
 
@@ -109,14 +112,21 @@ def begin(
       config: as for `rollout`.
       assistant_prefix: as for `rollout`.
       capacity: size of the batch of prompts; those behind `prompts` are empty, and `admit` can fill them. None: no empty ones.
+      records: of the rows of `prompts` (`pixel_jax.rollouts.partial`), which go on from there: rows that were begun read again
+        what they wrote and were shown, with the weights of `model`. Without a capacity.
 
     Returns:
       The state, in which all prompts wait.
 
     Raises:
-      ValueError: the capacity is too small, cannot be split over the mesh, or leaves empty prompts with several processes.
+      ValueError: the capacity is too small, cannot be split over the mesh, or leaves empty prompts with several processes; the
+        records are of other shapes.
     """
     count = prompts.tokens.shape[0]
+    if records is not None:
+        if capacity not in (None, count):
+            raise ValueError(f"capacity {capacity} with records of the rows of {count} prompts: leave the capacity out")
+        check_records(records, prompts, config)
     if capacity is not None and capacity < count:
         raise ValueError(
             f"capacity {capacity} is less than the {count} prompts: give it {count} or more, or fewer prompts"
@@ -132,7 +142,8 @@ def begin(
     mesh, shape = layout(model, batch, config)
     inputs = _program_inputs(model, batch, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
-        state = _start(model, *inputs, shape=shape, mesh=mesh)
+        placed = records if records is None or mesh is None else shard_batch(records, mesh)
+        state = _start(model, *inputs, shape=shape, mesh=mesh, records=placed)
     if mesh is None:  # on the model's device, as the results of `advance` are, whose second call would compile again
         state = jax.device_put(state, next(iter(jax.tree.leaves(model)[0].devices())))
     if any(tool.picture for tool in shape.tools):
@@ -260,6 +271,27 @@ def finish(state: RolloutState) -> Trajectories[VisualRecord]:
     """
     with on_mesh(state.mesh):
         return _finish(state)
+
+
+def check_records(records: RowRecord, prompts: HostPrompts, config: RolloutConfig) -> None:
+    """Checks that records are of the rows of these prompts.
+
+    Raises:
+      ValueError: an array has another shape or type; the message names it.
+    """
+    rows, shape = prompts.tokens.shape[0] * config.group_size, static_shape(prompts, config, None)
+    expected = jax.eval_shape(lambda: RowRecord.empty(rows, prompts, config, shape))
+    described = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): (str(x.dtype), tuple(x.shape)) for path, x in leaves}
+        for leaves in (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (records, expected))
+    ]
+    for name in dict.fromkeys([*described[1], *described[0]]):
+        have, wanted = (x.get(name, "nothing") for x in described)
+        if have != wanted:
+            raise ValueError(
+                f"rows that carry over have {have} for {name}, this rollout needs {wanted}: they were begun with another "
+                "`group_size`, other limits, tools or shapes of prompts; go on with those, or begin without carried rows"
+            )
 
 
 MOVING = ("queue", "rows", "decoding")  # what `advance` changes in a `RolloutState`

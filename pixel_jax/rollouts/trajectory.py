@@ -61,7 +61,8 @@ class HostPrompts(NamedTuple):
     image_counts: np.ndarray  # int32 [B], images of each
     is_video: np.ndarray  # bool [B], the images are one video
     seconds: np.ndarray  # float32 [B], seconds a temporal patch covers; 0 for images
-    uid: np.ndarray  # int32 [B], from which the random keys of rows are derived: they do not depend on other prompts
+    # int32 [B], or [B, k], k numbers each: the random keys of rows are derived from them, and do not depend on other prompts.
+    uid: np.ndarray
     tables: Tables
     shape: BatchShape  # on the devices
 
@@ -189,6 +190,9 @@ class Trajectories(NamedTuple, Generic[Shown]):
     calls: Calls
     num_calls: AnyArray  # int32 [R], calls, carried out or not
     stop: AnyArray  # int32 [R], see `STOP_REASONS`
+    # int32 [R, L], for each token the number of iterations that the policy which chose it was trained for, -1 outside the loss
+    # mask. None: the policy that is trained next has chosen all.
+    policy: AnyArray | None = None
 
     def with_visual(self, visual: Other) -> "Trajectories[Other]":
         """Returns the same trajectories with other images: `materialize` makes them from a record."""

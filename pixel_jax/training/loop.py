@@ -281,6 +281,12 @@ def _states(items: Mapping[str, Stateful] | Mapping[str, Local]) -> dict[str, An
 
 def _restore_objects(found: Restored, work: RunSteps, directory: pathlib.Path) -> None:
     """Restores the objects on the host. CheckpointError: they cannot resume from what the checkpoint holds."""
+    here, there = ({*work.host, *work.local}, {*found.host, *found.local[0]})
+    if missing := sorted(here ^ there):
+        raise CheckpointError(
+            f"{directory}: of checkpoint {found.step} and this run, one has no state of {', '.join(missing)}: the run was begun "
+            "with another rollout_budget or staleness; go on with that, or choose another directory"
+        )
     try:
         for name, item in work.host.items():
             item.set_state(found.host[name])

@@ -225,13 +225,18 @@ def as_dicts(tree: Any) -> Any:
     return {name: as_dicts(x) for name, x in tree._asdict().items()} if hasattr(tree, "_asdict") else tree
 
 
-def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
-    """Yields the rows of `stacked`, whose inverse it is."""
-    visual = state["rows"]["visual"]
-    views, drawings = Views(**visual["source"]["views"]), visual["source"]["drawings"]
+def visual_record(state: dict[str, Any]) -> VisualRecord:
+    """The inverse of `as_dicts`, for a record of images."""
+    views, drawings = Views(**state["source"]["views"]), state["source"]["drawings"]
     if drawings is not None:
         drawings = Drawings(**drawings | {"values": Values(**drawings["values"])})
-    record = VisualRecord(**visual | {"source": PatchSource(views, drawings)})
+    fields: Any = {**state, "source": PatchSource(views, drawings)}
+    return VisualRecord(**fields)
+
+
+def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
+    """Yields the rows of `stacked`, whose inverse it is."""
+    record = visual_record(state["rows"]["visual"])
     ends = np.cumsum(np.prod(state["shapes"].astype(np.int64), axis=1))
     arrays = (
         state["pixels"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)

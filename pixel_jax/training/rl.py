@@ -1,5 +1,6 @@
 """Reinforcement learning with the curiosity reward: roll out, score, weigh, replay, update (Pixel Reasoner §4.2)."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
 from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import process_shard, shard_batch
-from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutBudget, RolloutConfig
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, answered_calls, executed_calls, failed_calls
 from pixel_jax.training.batch import Batch, PackingConfig
 from pixel_jax.training.cost import Throughput
@@ -23,8 +24,9 @@ from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
+from pixel_jax.training.sources import source_of, token_ages
 from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import Resharder, TrainState, init_state
+from pixel_jax.training.state import Resharder, TrainState, are_apart, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
 from pixel_jax.training.writers import WriterName
 
@@ -58,6 +60,11 @@ class RLConfig:
     # Every so many iterations the rows' operations are repeated on their own to measure their time (`seconds_operations`, which
     # is part of `seconds_rollout`), because nothing can be timed inside the rollout's program. 0: never.
     time_operations: int = 0
+    # Ends a rollout before all its rows are done; the others carry over to the next (`pixel_jax.training.sources`).
+    rollout_budget: RolloutBudget = RolloutBudget()
+    # How many iterations old the policy is that writes the rows: while one iteration is trained on, the rows of later ones are
+    # written by devices of their own (`rollout_mesh`). 0: rollouts and training take turns.
+    staleness: int = 0
     save_every: int = 1  # iterations between two checkpoints
     keep: int = 2  # the number of newest checkpoints that are kept
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
@@ -79,6 +86,19 @@ class RLConfig:
             raise ValueError(
                 f"kl {self.loss.kl}: the reference is the model without adapters, so these alone may be trained "
                 f"(trainable '.*lora_', not {self.trainable!r})"
+            )
+        if type(self.staleness) is not int or not 0 <= self.staleness <= max(0, self.iterations - 1):
+            raise ValueError(
+                f"staleness {self.staleness!r} in a run of {self.iterations} iterations: give a whole number from 0 to "
+                f"{self.iterations - 1}"
+            )
+        older = [f"staleness {self.staleness}"] * bool(self.staleness) + [
+            "a rollout_budget"
+        ] * self.rollout_budget.limits
+        if older and self.loss.importance_cap is None and self.old_logprobs == "recomputed":
+            raise ValueError(
+                f"with {' and '.join(older)} rows are written by older policies than are trained: set loss.importance_cap, for "
+                "example to 2.0 (truncated importance sampling), or old_logprobs to 'sampler'"
             )
         if self.replay.kind == "dynamic" and self.replay.capacity < self.rows:
             raise ValueError(f"{self.rows} rows can never be collected in a buffer of capacity {self.replay.capacity}")
@@ -107,7 +127,15 @@ class Learner:
         mesh: Mesh | None = None,
         rollout_mesh: Mesh | None = None,
     ):
-        self.data, self.stages, self.config, self.mesh = data, stages, config, mesh
+        self.data: Any = data
+        self.stages, self.config, self.mesh = stages, config, mesh
+        self.notice = NOTICE
+        apart = rollout_mesh is not None and are_apart(mesh, rollout_mesh)
+        if config.staleness and not apart:
+            raise ValueError(
+                f"staleness {config.staleness}: rows are written ahead only by devices of their own; give `rollout_mesh` other "
+                "devices than `mesh`"
+            )
         self.shard = process_shard(mesh)
         self.optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
         temperatures = {
@@ -120,6 +148,9 @@ class Learner:
         self.replay = Replay(config.replay, config.seed, self.shard)
         self.throughput = Throughput(model, config.trainable, mesh)
         self.timer = Timer()  # of the current iteration
+        if config.rollout_budget.limits and self.shard.count > 1:
+            raise ValueError(f"a rollout_budget with {self.shard.count} processes: rows carry over in one process only")
+        self.source = source_of(self)
 
     def begin(self, model: Model) -> TrainState:
         """Makes the state before the first iteration."""
@@ -131,7 +162,7 @@ class Learner:
 
     def ask(self, i: int) -> Questions:
         """Reads the questions of iteration `i`. ValueError: their number is not that of the configuration."""
-        questions = Questions(i, *NOTICE.next(self.data))
+        questions = Questions(i, *self.notice.next(self.data))
         if (count := len(questions.examples) * self.shard.count) != self.config.prompts:
             raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
         return questions
@@ -139,10 +170,9 @@ class Learner:
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
         """Runs iteration `i`. It is abandoned if the run is to stop before its updates."""
         stages, self.timer = self.stages, Timer()
-        questions = self.ask(i)
-        self.timer.lap("input")
-        collected = stages.collect(self, state, questions)
-        self.timer.lap("rollout")
+        collected = self.source.take(state, i)
+        self.timer.lap("waiting" if self.config.staleness else "rollout")
+        self.notice.check()
         scored = stages.score(self, state, collected)
         weighed = stages.advantages(self, state, scored)
         self.timer.lap("scoring")
@@ -152,7 +182,8 @@ class Learner:
         metrics = rollout_metrics(weighed) | outcome_metrics(scored, self.shard) | updated.metrics
         if metrics.get("updates"):
             metrics |= self.throughput.metrics(self.timer.metrics["seconds_update"])
-        return updated.state, metrics | self.timer.metrics | collected.metrics
+        self.source.done()
+        return updated.state, metrics | self.timer.metrics | token_ages(collected.records, i) | collected.metrics
 
 
 def rollout_metrics(weighed: Weighed) -> dict[str, float]:
@@ -211,7 +242,7 @@ def rl(
       directory: as in `sft`.
       identity: as in `sft`.
       mesh: of training; None: one device.
-      rollout_mesh: of rollouts, of the same devices; None: as `mesh`.
+      rollout_mesh: of rollouts, of the same devices, or, with `config.staleness`, of others; None: as `mesh`.
       label: what the terminal calls the run.
       watch: as in `sft`.
 
@@ -219,13 +250,12 @@ def rl(
       The trained model.
     """
     learner = Learner(model, data, stages, config, mesh=mesh, rollout_mesh=rollout_mesh)
-    host: dict[str, Any] = {"data": data}
     work = RunSteps(
         label,
         config.iterations,
         learner.step,
-        host=host,
-        local={"replay": learner.replay},
+        host=learner.source.host,
+        local={"replay": learner.replay, **learner.source.local},
         shown=("accuracy", "rapr", "reward", "loss", "updates", "response_tokens", "seconds"),
         remark=Diagnosis(config.rollout.group_size, config.rollout.temperature),
     )
@@ -237,4 +267,5 @@ def rl(
         writers=config.writers,
         mesh=mesh,
     )
-    return Loop(work, learner.begin(model), keeping, watch).run().model
+    with contextlib.closing(learner.source):
+        return Loop(work, learner.begin(model), keeping, watch).run().model

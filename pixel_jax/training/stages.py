@@ -2,8 +2,9 @@
 
     Questions -> collect -> Collected -> score -> Scored -> advantages -> Weighed -> select -> Selected -> update -> Updated
 
-Each stage is a function `stage(learner, state, value)`; `Stages` names them, so that users can replace any of them. A stage that
-only observes wraps another:
+Each stage is a function `stage(learner, state, value)`; `Stages` names them, so that users can replace any of them. Instead of
+the state, `collect` gets the model that rolls out. (With a `rollout_budget`, `pixel_jax.training.sources` collects without that
+stage.) A stage that only observes wraps another:
 
     def watched(learner, state, scored):
         print(scored.reward.mean())
@@ -19,6 +20,7 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.models.inputs import Visual
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import all_rows, local_rows
 from pixel_jax.rollouts.materialize import VisualRecord, materialize
 from pixel_jax.rollouts.rollout import HostRollouts, rollout, static_shape
@@ -94,14 +96,24 @@ class Updated(NamedTuple):
     metrics: Mapping[str, float]  # of the updates
 
 
+def concatenated(parts: Sequence[Questions]) -> Questions:
+    """Returns the questions of all `parts`, which have one shape, with the iteration of the first."""
+    first = parts[0]
+    arrays = [part.prompts._replace(tables=()) for part in parts]
+    prompts = jax.tree.map(lambda *xs: np.concatenate(xs), *arrays)._replace(tables=first.prompts.tables)
+    examples = [example for part in parts for example in part.examples]
+    sizes = None if first.sizes is None else [size for part in parts for size in part.sizes or ()]
+    return Questions(first.iteration, prompts, examples, sizes)
+
+
 def collect(
-    learner: "Learner", state: TrainState, questions: Questions, *, roll: Callable[..., Trajectories] | None = None
+    learner: "Learner", actor: Model, questions: Questions, *, roll: Callable[..., Trajectories] | None = None
 ) -> Collected:
     """Rolls the policy out. Keys follow from the seed, the iteration and the position in the whole batch, on any process.
 
     Args:
       learner: of the run.
-      state: the state with the policy.
+      actor: the policy.
       questions: of this process.
       roll: is called instead of `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
 
@@ -111,10 +123,9 @@ def collect(
     config, shard, count = learner.config, learner.shard, len(questions.examples)
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
     prompts = questions.prompts._replace(uid=shard.index * count + np.arange(count, dtype=np.int32))
-    actor = learner.policy(state)  # if it is a copy, its memory is freed when this returns, for the updates
     trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout))
     learner.timer.lap("rollout")
-    NOTICE.check()
+    learner.notice.check()
     metrics = {}
     if config.time_operations and questions.iteration % config.time_operations == 0:
         metrics["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
@@ -128,9 +139,9 @@ def collect(
     )
 
 
-def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
+def collect_on_host(rollouts: HostRollouts, learner: "Learner", actor: Model, questions: Questions) -> Collected:
     """Collects with tools on the host, and adds their counts to the metrics. Such a run may not be reproducible."""
-    collected = collect(learner, state, questions, roll=rollouts)
+    collected = collect(learner, actor, questions, roll=rollouts)
     return collected._replace(metrics={**collected.metrics, **rollouts.metrics()})
 
 
@@ -168,6 +179,7 @@ def update(learner: "Learner", state: TrainState, selected: Selected) -> Updated
 
 
 Stage = Callable[["Learner", TrainState, Any], Any]
+Collect = Callable[["Learner", Model, Questions], Collected]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +191,7 @@ class Stages:
     """
 
     score: Stage
-    collect: Stage = collect
+    collect: Collect = collect
     advantages: Stage = advantages
     select: Stage = select
     update: Stage = update

@@ -88,19 +88,40 @@ def cast(model: T, dtype: str | None) -> T:
     )
 
 
+def are_apart(training: Mesh | None, rollouts: Mesh) -> bool:
+    """Whether rollouts have devices of their own, rather than those of training.
+
+    Raises:
+        ValueError: the meshes overlap in part, or training has no mesh.
+    """
+    if training is None:
+        raise ValueError("rollouts have a mesh and training has none: give both one")
+    ours, theirs = (sorted(device.id for device in mesh.devices.flat) for mesh in (training, rollouts))
+    if ours != theirs and (shared := sorted({*ours} & {*theirs})):
+        raise ValueError(
+            f"the mesh of training has the devices {ours}, that of rollouts {theirs}: they share {shared}; give rollouts the "
+            "same devices, or none of them"
+        )
+    return ours != theirs
+
+
 class Resharder:
     """Moves the model of a state from the mesh `source` to the mesh `target`, on the devices.
 
     Base weights are cast to `dtype` before they move (None: they keep the state's type). It should be the type in which training
     steps compute: a rollout reads the weights for every token, and its caches have the same type.
 
-    Frozen weights are moved once and kept; later only trained weights move. Both meshes must have the same devices, and every
-    process the same shard of a batch on both.
+    Frozen weights are moved once and kept; later only trained weights move. The meshes have the same devices or none in common,
+    and every process has the same shard of a batch on both.
     """
 
     def __init__(self, source: Mesh | None, target: Mesh | None, dtype: str | None = None):
-        if target is not None and (source is None or source.devices.size != target.devices.size):
-            raise ValueError("the mesh of rollouts must have the same devices as the mesh of training")
+        self.apart = target is not None and are_apart(source, target)
+        if self.apart and jax.process_count() > 1:
+            raise ValueError(
+                f"rollouts on devices of their own with {jax.process_count()} processes: weights are only moved between them "
+                "in one process; give rollouts the devices of training"
+            )
         if target is not None and process_shard(source)[:2] != process_shard(target)[:2]:
             raise ValueError(
                 f"a process has the shard {process_shard(source)[:2]} of a batch in training and "
@@ -116,8 +137,9 @@ class Resharder:
             return self._cast(state.model)
         if self.frozen is None:
             # A copy even of weights that are not moved, because the next update donates the state's buffers.
-            copied = self._cast(jax.tree.map(jax.numpy.copy, state.rest))
-            self.frozen = jax.device_put(copied, shardings(copied, self.target))
+            kept = state.rest if self.apart else jax.tree.map(jax.numpy.copy, state.rest)
+            kept = self._cast(kept)
+            self.frozen = jax.device_put(kept, shardings(kept, self.target))
         trainable = self._cast(state.trainable)
         trainable = jax.device_put(trainable, shardings(trainable, self.target))
         return _joined(trainable, self.frozen)
