@@ -3,6 +3,7 @@
 `pip install torch torchvision`, then `pytest tests/models/test_video_processors.py`.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -59,8 +60,8 @@ def processors(request, tmp_path_factory):
     make, files = FAMILIES[request.param]
     config, folder = make(), tmp_path_factory.mktemp(request.param)
     tokenizer = build_tokenizer([])
-    tokens = tokenizer.convert_tokens_to_ids(list(config.placeholders))
-    config = config_from_hf(config.to_hf() | dict(zip(("image_token_id", "video_token_id"), tokens, strict=True)))
+    image, video = tokenizer.convert_tokens_to_ids(list(config.placeholders))
+    config = dataclasses.replace(config, image_token_id=image, video_token_id=video)
     tokenizer.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config.to_hf()))
     for name, values in files.items():

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import tempfile
 from pathlib import Path
 
@@ -105,7 +106,7 @@ VALUES = {
             "in_chans": 3,
         },
     },
-    "qwen2_5_vl": tiny_config().to_hf(),
+    "qwen2_5_vl": json.loads(json.dumps(tiny_config().to_hf())),
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_tied": {**QWEN3_VL, "tie_word_embeddings": True},
     "qwen3_5": {
@@ -148,7 +149,7 @@ VISUAL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_tied", "qwen3_5", "lla
 
 
 def parameters(names) -> list:
-    """Names of families as parameters of tests: Qwen2.5-VL, which has tests of its own (test_decoder_parity.py), as a slow one."""
+    """Names of families as parameters of tests: Qwen2.5-VL, with tests of its own (test_decoder_parity.py), as a slow one."""
     return [pytest.param(name, marks=pytest.mark.slow) if name == "qwen2_5_vl" else name for name in names]
 
 
