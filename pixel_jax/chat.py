@@ -185,10 +185,14 @@ def check_files(paths: Sequence[pathlib.Path], video: bool) -> None:
 
     Raises:
       ImageError: a file is neither an image nor a video.
-      UserError: `video`, and the files are not those of one.
+      UserError: there is no such file; or `video`, and the files are not those of one.
     """
     from pixel_jax.data.sources import frame_sizes, shows_clip
 
+    if missing := [path for path in paths if not os.path.lexists(path)]:
+        raise UserError(
+            f"{str(missing[0])!r} cannot be opened: there is no such file; a question is given by --question=..."
+        )
     if video and not paths:
         raise UserError("--video: name the frames of the video, in their order, or the video file")
     films = [path for path in paths if shows_clip(path)]

@@ -91,16 +91,16 @@ def both(processors, videos, rates, **options):
     return found, made
 
 
-def levels(processors, pixels):
-    """Pixel values as levels of 255."""
-    vision = processors[0].vision
-    mean, std = (np.array(x, np.float32)[:, None] for x in (vision.pixel_mean, vision.pixel_std))
-    return (pixels.reshape(len(pixels), 3, -1) * std + mean) * 255
+def levels_off(processors, found, made):
+    """By how many levels of 255 pixel values differ."""
+    pixels = np.concatenate([x["pixel_values_videos"] for x in found])
+    off = np.abs(pixels - np.asarray(made["pixel_values_videos"])).reshape(len(pixels), 3, -1)
+    return off * np.array(processors[0].vision.pixel_std, np.float32)[:, None] * 255
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_videos(case, processors):
-    """Everything but the pixels is equal. torchvision rounds other weights than Pillow: some pixels are a level off."""
+    """Everything but the pixels is equal. torchvision rounds other weights than Pillow: some are a level or two off."""
     rates = [rate for *_, rate in case]
     found, made = both(processors, [noise(*x) for x in case], rates)
     np.testing.assert_array_equal(np.concatenate([x["video_grid_thw"] for x in found]), made["video_grid_thw"])
@@ -112,15 +112,13 @@ def test_videos(case, processors):
     if "second_per_grid_ts" in made:
         times = np.concatenate([x["second_per_grid_ts"] for x in found])
         np.testing.assert_allclose(times, made["second_per_grid_ts"], rtol=1e-6)
-    pixels = np.concatenate([x["pixel_values_videos"] for x in found])
-    assert pixels.shape == made["pixel_values_videos"].shape
-    off = np.abs(levels(processors, pixels) - levels(processors, np.asarray(made["pixel_values_videos"])))
-    assert off.max() < 1.01 and (off > 0.5).mean() < 0.05
+    off = levels_off(processors, found, made)
+    assert off.max() < 2.01 and (off > 0.5).mean() < 0.05
 
 
 def test_frames_that_keep_their_size(processors):
     """Without resizing, pixel values are equal."""
-    side = 4 * processors[0].vision.factor
+    side = 2 * processors[0].vision.factor
     videos = [noise(4, side, side, 0) for _ in range(2)]
     found, made = both(processors, videos, [2.0, 2.0], do_resize=False)
     pixels = np.concatenate([x["pixel_values_videos"] for x in found])
@@ -132,6 +130,5 @@ def test_a_film(processors, tmp_path):
     """Frames of a file rather than noise."""
     film = ffmpeg.frames_of(ffmpeg.make(tmp_path / "a.mp4", count=9, size=(120, 160)))
     found, made = both(processors, [film, film[::2]], [20.0, 10.0])
-    pixels = np.concatenate([x["pixel_values_videos"] for x in found])
-    off = np.abs(levels(processors, pixels) - levels(processors, np.asarray(made["pixel_values_videos"])))
-    assert off.max() < 1.01 and (off > 0.5).mean() < 0.05
+    off = levels_off(processors, found, made)
+    assert off.max() < 2.01 and (off > 0.5).mean() < 0.05

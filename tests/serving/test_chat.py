@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pathlib
 import types
 
 import numpy as np
@@ -147,8 +148,11 @@ def test_names_of_files(tmp_path, monkeypatch):
         chat.check_files([film, film], True)
     with pytest.raises(UserError, match="--video: name the frames of the video"):
         chat.check_files([], True)
-    with pytest.raises(ImageError, match="nowhere.mp4"):
-        chat.check_files([tmp_path / "nowhere.mp4"], False)
+    with pytest.raises(UserError, match="'What is it' cannot be opened: there is no such file; a question is given by"):
+        chat.check_files([film, pathlib.Path("What is it")], False)
+    (tmp_path / "a.txt").write_text("What is it, and what is on it?")
+    with pytest.raises(ImageError, match="a.txt"):
+        chat.check_files([tmp_path / "a.txt"], False)
     (clip,) = chat.load_parts([film], True, Frames())
     assert len(clip.frames) == 16
 
