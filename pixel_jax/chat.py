@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from absl import flags
 
@@ -22,8 +22,9 @@ from pixel_jax.terminal import printable, say, warn
 
 if TYPE_CHECKING:
     from pixel_jax.evaluation.transcript import Transcript
+    from pixel_jax.models.preprocessors import Sampling
     from pixel_jax.rollouts.prompts import Query
-    from pixel_jax.serving.conversation import Message, Part, Prompt, Speaker
+    from pixel_jax.serving.conversation import Clip, Message, Part, Prompt, Speaker
     from pixel_jax.serving.session import Saw, Session
     from pixel_jax.tools.host import HostTools
 
@@ -39,6 +40,10 @@ def define_flags(command: str) -> None:
     """Declares the flags of the command."""
     flags.DEFINE_string("question", None, "What to ask. By default questions are read, a line each.")
     flags.DEFINE_bool("video", False, "The images are the frames of one video.")
+    flags.DEFINE_integer("frames", None, "Frames of a video file, evenly spread; with --fps the most.", lower_bound=1)
+    flags.DEFINE_float(
+        "fps", None, "Frames a second of a video file. Default: the model's own rate, if it has one.", lower_bound=1e-3
+    )
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
     flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
@@ -61,7 +66,8 @@ def main(command: str, arguments: list[str]) -> None:
         if path and not pathlib.Path(path).absolute().parent.is_dir():
             raise UserError(f"{name}={path}: there is no directory {str(pathlib.Path(path).parent)!r}")
     question = None if FLAGS.question is None else as_utf8(FLAGS.question, "--question")
-    parts = load_parts(list(map(local_path, arguments[1:])), FLAGS.video)
+    paths = list(map(local_path, arguments[1:]))
+    check_files(paths, FLAGS.video)
     find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
@@ -75,7 +81,8 @@ def main(command: str, arguments: list[str]) -> None:
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
     with host_tools(speaker, FLAGS.tools or DEFAULT, workers) as host:
-        chat = Chat(speaker, host=host, seed=FLAGS.seed, screen=Screen())
+        chat = Chat(speaker, host=host, seed=FLAGS.seed, screen=Screen(), frames=Frames(FLAGS.frames, FLAGS.fps))
+        parts = load_parts(paths, FLAGS.video, chat.frames.of(speaker.sampling))
         if question is not None:
             chat.ask(question, parts)
         else:
@@ -105,7 +112,8 @@ def converse(chat: "Chat", parts: list["Part"]) -> None:
         elif command:
             try:
                 names, question = split_line(line)
-                shown = [*parts, *load_parts(list(map(local_path, names)), False)]
+                frames = chat.frames.of(chat.speaker.sampling)
+                shown = [*parts, *load_parts(list(map(local_path, names)), False, frames)]
                 with (
                     SIGNALS.stoppable("The answer is stopped; Ctrl-C again ends the program.")
                     if typed
@@ -152,29 +160,77 @@ def local_path(name: str) -> pathlib.Path:
     return pathlib.Path(name).expanduser()
 
 
-def load_parts(paths: Sequence[pathlib.Path], video: bool) -> list["Part"]:
-    """Loads the images and videos in files; with `video`, all files together are the frames of one.
+class Frames(NamedTuple):
+    """The frames of a video file that are shown.
+
+    Attributes:
+      most: the most; None: `FRAMES`, or with a rate what the model was made for.
+      rate: frames a second; None: `most` frames, evenly spread.
+    """
+
+    most: int | None = None
+    rate: float | None = None
+
+    def of(self, usual: "Sampling") -> "Frames":
+        """What a person has asked for, or else what is usual for a model."""
+        from pixel_jax.data.clips import FRAMES
+
+        if self.rate is not None:
+            return Frames(self.most or usual.most, self.rate)
+        return self if self.most else Frames(usual.frames or FRAMES, usual.fps)
+
+
+def check_files(paths: Sequence[pathlib.Path], video: bool) -> None:
+    """Checks, by their first bytes, that files can be shown: before a model is loaded.
+
+    Raises:
+      ImageError: a file is neither an image nor a video.
+      UserError: there is no such file; or `video`, and the files are not those of one.
+    """
+    from pixel_jax.data.sources import frame_sizes, shows_clip
+
+    if missing := [path for path in paths if not os.path.lexists(path)]:
+        raise UserError(
+            f"{str(missing[0])!r} cannot be opened: there is no such file; a question is given by --question=..."
+        )
+    if video and not paths:
+        raise UserError("--video: name the frames of the video, in their order, or the video file")
+    films = [path for path in paths if shows_clip(path)]
+    if video and len(paths) > 1 and films:
+        raise UserError(f"--video: {str(films[0])!r} is a video file: give it alone, or only frames")
+    for path in paths:
+        frame_sizes([path], path in films)
+
+
+def load_parts(paths: Sequence[pathlib.Path], video: bool, frames: Frames) -> list["Part"]:
+    """Loads the images and videos in files; with `video`, the images together are the frames of one.
 
     Raises:
       ImageError: a file is neither.
-      UserError: `video`, and the files are not those of one.
     """
     from pixel_jax.data.sources import load_frames, shows_clip
     from pixel_jax.serving.conversation import Clip
 
-    if video:
-        if not paths:
-            raise UserError("--video: name the frames of the video, in their order, or the video file")
-        if len(paths) > 1 and (film := next(filter(shows_clip, paths), None)) is not None:
-            raise UserError(f"--video: {str(film)!r} is a video file: give it alone, or only frames")
-        frames, seconds = load_frames(paths, True)
-        return [Clip(frames, seconds or 1.0)]
+    if video and not shows_clip(paths[0]):
+        return [Clip(load_frames(paths, False)[0], 1.0)]
     parts: list[Part] = []
     for path in paths:
-        clip = shows_clip(path)
-        frames, seconds = load_frames([path], clip)
-        parts += [Clip(frames, seconds or 1.0)] if clip else frames
+        parts += [load_clip(path, frames)] if shows_clip(path) else load_frames([path], False)[0]
     return parts
+
+
+def load_clip(path: pathlib.Path, frames: Frames) -> "Clip":
+    """Loads a video file. Warns: it has fewer frames a second than asked for."""
+    from pixel_jax.data.clips import FRAMES, read_video
+    from pixel_jax.serving.conversation import Clip
+
+    shown, seconds = read_video(path, frames.most or FRAMES, fps=frames.rate)
+    if frames.rate is not None and seconds > 1.001 / frames.rate:
+        warn(
+            f"{str(path)!r} is shown at {1 / seconds:.3g} frames a second, not {frames.rate:g}: {len(shown)} frames are the "
+            "most; --frames=N allows more"
+        )
+    return Clip(list(shown), 2 * seconds)
 
 
 class Chat:
@@ -185,10 +241,19 @@ class Chat:
       host: carries out calls of tools that run on the host; None: there are none.
       seed: the seed of the sampling.
       screen: the terminal in which it is shown.
+      frames: those of a video file that a person has asked for.
     """
 
-    def __init__(self, speaker: "Speaker", *, host: "HostTools | None", seed: int, screen: "Screen"):
-        self.speaker, self.host, self.seed, self.screen = speaker, host, seed, screen
+    def __init__(
+        self,
+        speaker: "Speaker",
+        *,
+        host: "HostTools | None",
+        seed: int,
+        screen: "Screen",
+        frames: Frames = Frames(),  # noqa: B008, never changed
+    ):
+        self.speaker, self.host, self.seed, self.screen, self.frames = speaker, host, seed, screen, frames
         self.messages: list[Message] = []
         self.transcripts: list[Transcript] = []
         self._session: Session | None = None

@@ -78,7 +78,11 @@ MISTAKES = {
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
     "chat without a model": (["chat"], 1, "give the directory of a model: pixel-jax chat DIR"),
-    "chat with no model": (["chat", "nowhere", "--question=?"], 1, "nowhere is not a model directory"),
+    "chat with no model": (
+        ["chat", "nowhere", "--question=?"],
+        1,
+        "nowhere is not a model directory: .* models are not downloaded",
+    ),
     "serve without a model": (["serve"], 1, "give the directory of a model, or several as NAME=DIR"),
     "serve with no model": (["serve", "nowhere", "--port=0"], 1, "nowhere is not a model directory"),
     "serve where others come": (["serve", "a", "--host=0.0.0.0"], 1, "PIXEL_JAX_API_KEY is not set: export PIXEL_JAX"),

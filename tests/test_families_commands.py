@@ -38,7 +38,7 @@ from pixel_jax.training.writers import read_metrics
 from tests.dialog.published_templates import LLAMA2, LLAMA3, QWEN2, QWEN2_5, QWEN3
 from tests.dialog.spaced import spaced
 from tests.rollouts import llava, scripted_model
-from tests.rollouts.test_rollout_of_families import PIXELS, TEXT, llama, qwen3_5, qwen3_vl, visible
+from tests.rollouts.test_rollout_of_families import PIXELS, TEXT, llama, qwen2_vl, qwen3_5, qwen3_vl, visible
 from unlearn_jax.requests.log import LOG, verify
 
 pytestmark = pytest.mark.slow
@@ -134,20 +134,6 @@ def qwen2(words, size, hidden):
 
 def qwen3(words, size, hidden):
     return config_from_hf({"model_type": "qwen3", **TEXT, "vocab_size": size, "hidden_size": hidden})
-
-
-def qwen2_vl(words, size, hidden):
-    half = hidden // TEXT["num_attention_heads"] // 2
-    text = {name: value for name, value in TEXT.items() if name != "head_dim"}
-    tower = {"depth": 2, "embed_dim": 32, "hidden_size": hidden, "mlp_ratio": 2, "num_heads": 2, "in_chans": 3}
-    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
-    tokens = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
-                      (getattr(words, mark) for mark in marks), strict=True))  # fmt: skip
-    rotary = {"type": "mrope", "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    return config_from_hf(
-        {"model_type": "qwen2_vl", **text, **tokens, "vocab_size": size, "hidden_size": hidden, "rope_scaling": rotary,
-         "vision_config": tower}
-    )  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -346,10 +332,10 @@ def test_chat(made, tuned):
 def test_plan(made):
     places = {"model": made.model, "data": made.data, "out": "none", "mesh": '{"data": 2}'}
     flags = [f"--config.{name}={value}" for name, value in places.items()]
-    steps = ("--topology=cpu:2", "--configured", "--steps=sft,update", "--json=plan.json")
+    steps = ("--topology=cpu:2", "--configured", "--config.rl.old_logprobs=recomputed", "--json=plan.json")
     made.run("pixel_jax", "plan", f"--config={made.config}", *flags, *steps, devices=8)
     found = json.loads((made.folder / "plan.json").read_text())
-    assert found["best"]["cpu:2"].keys() == {"sft", "update"}
+    assert found["best"]["cpu:2"].keys() == {"sft", "rollout", "score", "update"}
     assert all(x["flops_per_chip"] > 0 and x["fits"] for x in found["plans"])
 
 

@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 import pixel_jax
+from pixel_jax.models import FAMILIES
 
 ROOT = pathlib.Path(pixel_jax.__file__).parents[1]  # of both packages, which may be installed
 # What measures and shows the library. Commands reach it by name (`cli.COMMANDS`).
@@ -95,3 +96,19 @@ def test_the_files_of_tests_have_names_of_their_own():
     folders = [folder for folder in pathlib.Path(__file__).parent.rglob("*/") if not (folder / "__init__.py").exists()]
     names = [path.name for folder in folders for path in folder.glob("*.py") if path.name != "conftest.py"]
     assert sorted(set(names)) == sorted(names)
+
+
+SHARED = {f"pixel_jax.models.{name}" for name in ("config", "decoder", "layers", "model", "vision")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_at_most_three_files_and_some_600_lines(name):
+    """Of its own: not what all families share, nor what it takes over from another."""
+    config, tower = FAMILIES[name]
+    classes = [config, config.text_class, getattr(config, "vision_class", None), tower]
+    modules = {base.__module__ for kind in classes if isinstance(kind, type) for base in kind.__mro__} & MODULES.keys()
+    others = {family.config.__module__ for family in FAMILIES.values()} - {config.__module__}
+    own = modules - SHARED - others
+    if "pixel_jax.models.hybrid" in own:
+        own |= {"pixel_jax.models.delta_rule"}
+    assert len(own) <= 3 and sum(len(MODULES[x].read_text().splitlines()) for x in own) <= 630, own

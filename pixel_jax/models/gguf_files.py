@@ -4,6 +4,7 @@ Weights are dequantised to float32 by the package `gguf`. llama.cpp permutes the
 undone here.
 """
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +60,13 @@ REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {"llama-bpe": rf"{LETTERS}\p{{N}}{{1,3}}{REST}", "qwen2": rf"{LETTERS}\p{{N}}{REST}"}
 OF_GPT2 = ("gpt-2", "default", "smollm")  # text is split as in GPT-2; in smollm every digit is split off
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokens: transformers' name, that of the file
-CONTROL, USER = 3, 4  # types of tokens: text never becomes a CONTROL token; a USER token is matched as a whole
+# Types of tokens. Merges make NORMAL tokens only; text never becomes an UNKNOWN or a CONTROL token; a USER token is matched as a
+# whole. Others are unused, or those of bytes.
+NORMAL, UNKNOWN, CONTROL, USER = 1, 2, 3, 4
+# What llama.cpp takes where a file with a tokenizer of SentencePiece says nothing.
+OF_SENTENCEPIECE = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "add_bos_token": True}
+SPACE = "\u2581"  # stands for a space in tokens of SentencePiece
+LONGEST = 512  # characters of a token of SentencePiece: each of its splits is tried
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -179,37 +186,45 @@ def _processor(path: Path, config: ModelConfig, fields: dict[str, Any]) -> Proce
     own = {x.removeprefix("tokenizer.ggml."): value for x, value in fields.items() if x.startswith("tokenizer.ggml.")}
     if "tokens" not in own:
         return None
-    if (kind := own.get("model")) != "gpt2":
+    if (kind := own.get("model")) not in ("gpt2", "llama"):
         remedy = "convert the file to a Hugging Face directory"
-        raise FileError(f"{path}: the tokenizer is of the kind {kind!r}, only 'gpt2' is supported: {remedy}")
-    if (cut := own.get("pre", "default")) not in (*CUTS, *OF_GPT2):
+        raise FileError(
+            f"{path}: the tokenizer is of the kind {kind!r}, only 'gpt2' and 'llama' are supported: {remedy}"
+        )
+    cut = own.get("pre", "default")
+    if kind == "gpt2" and cut not in (*CUTS, *OF_GPT2):
         raise FileError(f"{path}: tokenizer.ggml.pre is {cut!r}; supported are {', '.join([*CUTS, *OF_GPT2])}")
     from transformers import PreTrainedTokenizerFast
 
     try:
-        tokens = own["tokens"]
+        if kind == "llama":
+            own = OF_SENTENCEPIECE | own
+            tokenizer = _sentencepiece(own)
+        else:
+            own = {"add_bos_token": cut == "llama-bpe"} | own
+            tokenizer = _byte_level(own["tokens"], own.get("merges", []), cut)
+        _add_special(tokenizer, own["tokens"], own.get("token_type", []))
         ids = {f"{name}_token": own.get(f"{field}_token_id") for name, field in NAMED.items()}
-        named = {name: tokens[number] for name, number in ids.items() if number is not None}
-        tokenizer = _byte_level(tokens, own.get("merges", []), own.get("token_type", []), cut)
-        if own.get("add_bos_token", cut == "llama-bpe") and "bos_token" in named:
-            tokenizer.post_processor = _begin_with(named["bos_token"], ids["bos_token"])
+        named = {name: own["tokens"][number] for name, number in ids.items() if number is not None}
+        ends = [name for name in ("bos_token", "eos_token") if own.get(f"add_{name}") and name in named]
+        if ends:
+            tokenizer.post_processor = _between(ends, named, ids)
         template = fields.get("tokenizer.chat_template")
-        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
+        wrapped = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, chat_template=template, clean_up_tokenization_spaces=False, **named
+        )
     except Exception as error:  # of the library, about what the file says
         raise FileError(f"{path}: the tokenizer cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
     return Processor(wrapped, family=type(config), vision=config.vision)
 
 
-def _byte_level(tokens: list[str], merges: list[str], types: list[int], cut: str) -> "Tokenizer":
+def _byte_level(tokens: list[str], merges: list[str], cut: str) -> "Tokenizer":
     """Builds a byte-level BPE tokenizer; ValueError if a token is repeated, or a merge has no such tokens."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    numbers = {token: i for i, token in enumerate(tokens)}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-    if len(numbers) < len(tokens):
-        raise ValueError("a token is there twice")
     # In Llama 3 a word that is a token is not split, even if no merges produce it.
-    tokenizer = Tokenizer(models.BPE(numbers, pairs, ignore_merges=cut == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(_numbers(tokens), pairs, ignore_merges=cut == "llama-bpe"))
     if cut in CUTS:
         first, regex = pre_tokenizers.Split(Regex(CUTS[cut]), behavior="isolated"), False
     else:
@@ -217,13 +232,75 @@ def _byte_level(tokens: list[str], merges: list[str], types: list[int], cut: str
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
     tokenizer.pre_tokenizer = last if first is None else pre_tokenizers.Sequence([first, last])
     tokenizer.decoder = decoders.ByteLevel()
-    of_kind = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, USER)]
-    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in of_kind])
     return tokenizer
 
 
-def _begin_with(token: str, number: int | None) -> Any:
-    """Makes a post-processor that puts a token in front of every text."""
+def _sentencepiece(own: dict[str, Any]) -> "Tokenizer":
+    """Builds SentencePiece's BPE tokenizer, which falls back to bytes and puts a space before texts, as llama.cpp does.
+
+    Raises:
+        ValueError: the order of merges does not follow from the scores, or texts are normalised.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    for name in ("remove_extra_whitespaces", "precompiled_charsmap"):
+        if own.get(name):
+            raise ValueError(f"tokenizer.ggml.{name} is set, and texts are not normalised here")
+    tokens, unknown = own["tokens"], own["unknown_token_id"]
+    merges = _merges(tokens, own.get("scores", []), own.get("token_type", []))
+    model = models.BPE(_numbers(tokens), merges, unk_token=tokens[unknown], byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    prefix = own.get("add_space_prefix", True)
+    first = [normalizers.Prepend(SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", SPACE)])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
+    """Returns the merges of SentencePiece: any two neighbours that together are a token, the token of the highest score first."""
+    if not len(tokens) == len(scores) == len(types):
+        raise ValueError(f"there are {len(tokens)} tokens, {len(scores)} scores and {len(types)} types")
+    scored = {token: score for token, score, kind in zip(tokens, scores, types, strict=True) if kind == NORMAL}
+    if (longest := max(scored, key=len, default="")) and len(longest) > LONGEST:
+        raise ValueError(f"a token has {len(longest)} characters, more than {LONGEST}: {longest[:20]}...")
+    made: dict[float, list[tuple[str, str]]] = {}  # score -> the splits of the token that has it
+    for token, score in scored.items():
+        splits = [(token[:at], token[at:]) for at in range(len(token) - 1, 0, -1)]
+        splits = [pair for pair in splits if all(part in scored for part in pair)]
+        if not splits:
+            continue
+        if score in made or not math.isfinite(score):
+            why = f"is also that of {''.join(made[score][0])!r}" if score in made else "is no number"
+            raise ValueError(f"the score {score} of token {token!r} {why}: which is merged first is not known")
+        made[score] = splits
+    return [pair for score in sorted(made, reverse=True) for pair in made[score]]
+
+
+def _numbers(tokens: list[str]) -> dict[str, int]:
+    """Numbers the tokens; ValueError if one is repeated."""
+    numbers = {token: i for i, token in enumerate(tokens)}
+    if len(numbers) < len(tokens):
+        raise ValueError("a token is there twice")
+    return numbers
+
+
+def _add_special(tokenizer: "Tokenizer", tokens: list[str], types: list[int]) -> None:
+    """Declares the tokens that text does not become, and those that are matched as a whole."""
+    from tokenizers import AddedToken
+
+    chosen = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (UNKNOWN, CONTROL, USER)]
+    tokenizer.add_tokens([AddedToken(token, special=kind != USER, normalized=False) for token, kind in chosen])
+
+
+def _between(ends: list[str], named: dict[str, str], ids: dict[str, int | None]) -> Any:
+    """Makes a post-processor that puts the beginning, the end or both around every text."""
     from tokenizers.processors import TemplateProcessing
 
-    return TemplateProcessing(single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)])
+    before, after = ([named[name]] if name in ends else [] for name in ("bos_token", "eos_token"))
+    around = lambda text: " ".join([*before, text, *after])
+    special = {named[name]: ids[name] for name in ends}
+    pair = f"{around('$A')} {around('$B')}"
+    return TemplateProcessing(single=around("$A"), pair=pair, special_tokens=[*special.items()])

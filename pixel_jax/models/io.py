@@ -115,6 +115,8 @@ def _located(path: str | os.PathLike[str]) -> tuple[Path, Path | None]:
 
 def _what_it_is(directory: Path) -> str:
     """Says what a path holds instead of a model, as the end of a message."""
+    if not directory.exists():
+        return f". There is nothing at {directory.absolute()}, and models are not downloaded: give the directory of one"
     if (directory / ADAPTER).is_file():
         try:
             base = read_json(directory / ADAPTER, limit=2**24)["base_model_name_or_path"]

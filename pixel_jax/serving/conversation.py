@@ -16,6 +16,7 @@ from pixel_jax.dialog.formats import CallFormat
 from pixel_jax.dialog.template import Media
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.model import Model
+from pixel_jax.models.preprocessors import Sampling
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media, with_times
 from pixel_jax.rollouts.shapes import BatchShape
@@ -56,6 +57,7 @@ class Speaker:
       tables: the tables of the tools that it may call.
       config: limits of a row and budgets of what is shown, with one row a prompt.
       guidelines: what follows each question, a key of `template.GUIDELINES`.
+      sampling: which frames of a video it is used to.
     """
 
     model: Model
@@ -63,6 +65,7 @@ class Speaker:
     tables: Tables
     config: RolloutConfig
     guidelines: str = "vcot"
+    sampling: Sampling = Sampling()
 
     @property
     def call_format(self) -> CallFormat:

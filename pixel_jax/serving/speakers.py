@@ -68,7 +68,8 @@ def load_speaker(
         find_format(call_format)
         config = dataclasses.replace(config, call_format=call_format)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    return Speaker(model, vocabulary, tables(vocabulary, allowed, formats.call_format(config.call_format)), config)
+    known = tables(vocabulary, allowed, formats.call_format(config.call_format))
+    return Speaker(model, vocabulary, known, config, sampling=processor.sampling)
 
 
 @contextlib.contextmanager

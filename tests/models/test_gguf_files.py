@@ -1,6 +1,7 @@
 """GGUF files: a real one as transformers reads it, and small ones with everything that can be wrong."""
 
 import importlib.util
+import itertools
 import json
 import pathlib
 
@@ -8,13 +9,18 @@ import jax
 import numpy as np
 import pytest
 import tiny_families
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_qwen import relative
 
 import pixel_jax
 from pixel_jax.dialog import Vocabulary, render, to_ids
+from pixel_jax.dialog.layout import Place
 from pixel_jax.files import FileError
-from pixel_jax.models.gguf_files import CUTS, MODULES
+from pixel_jax.models.gguf_files import CUTS, MODULES, SPACE, read_gguf
 from pixel_jax.models.lora import linears
+from tests.dialog.published_templates import LLAMA2
+from tests.dialog.spaced import WORDS, spaced
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="pip install gguf")
 IDS = np.array([[1, 5, 7, 9, 2, 33, 12]])
@@ -63,6 +69,7 @@ def write(path, family, model, change=lambda fields, tensors: None):
     writer = gguf.GGUFWriter(path, fields.pop("general.architecture"))
     for name, x in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add[bool] = writer.add_bool
         add[type(x)](name, x)
     for name, x in tensors.items():
         writer.add_tensor(name, x)
@@ -134,6 +141,14 @@ def tokens(fields, **more):
     fields |= {f"tokenizer.ggml.{name}": x for name, x in more.items()}
 
 
+def spaced_tokens(fields, **more):
+    """A few tokens of SentencePiece, of which two words are made by merges."""
+    words = ["<unk>", "<s>", "</s>", SPACE, "T", "h", "e", "Th", "The", f"{SPACE}The"]
+    made = {"tokens": [*words, *(f"t{i}" for i in range(54))], "scores": [float(-i) for i in range(64)]}
+    made |= {"model": "llama", "token_type": [2, 3, 3] + [1] * 61} | more
+    fields |= {f"tokenizer.ggml.{name}": x for name, x in made.items()}
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda f, t: f.update({"general.architecture": "gemma2"}), "architecture is 'gemma2'; supported are llama"),
     (lambda f, t: f.pop("llama.block_count"), "llama.block_count is missing"),
@@ -143,7 +158,13 @@ def tokens(fields, **more):
     (lambda f, t: t.update({"blk.1.ffn_gate_inp.weight": np.zeros((2, 2), np.float32)}), "does not use: .*ffn_gate_inp"),
     (lambda f, t: t.update({"blk.1.ffn_up.weight": np.zeros((3, 32), np.float32)}), r"'blk.1.ffn_up.weight' .* shape \(3, 32\)"),
     (lambda f, t: t.update({"output_norm.weight": np.full(32, np.nan, np.float32)}), "'output_norm.weight' .* holds NaN"),
-    (lambda f, t: tokens(f, model="llama"), "tokenizer is of the kind 'llama', only 'gpt2'"),
+    (lambda f, t: tokens(f, model="bert"), "tokenizer is of the kind 'bert', only 'gpt2' and 'llama'"),
+    (lambda f, t: tokens(f, model="llama"), "there are 64 tokens, 0 scores and 0 types"),
+    (lambda f, t: spaced_tokens(f, scores=[0.0] * 64), "the score 0.0 of token 'The' is also that of 'Th'"),
+    (lambda f, t: spaced_tokens(f, scores=[float("nan")] * 64), "the score nan of token .* is no number"),
+    (lambda f, t: spaced_tokens(f, unknown_token_id=64), "tokenizer cannot be read: IndexError"),
+    (lambda f, t: spaced_tokens(f, remove_extra_whitespaces=True), "remove_extra_whitespaces is set"),
+    (lambda f, t: spaced_tokens(f, tokens=["<unk>", "<s>", "</s>", *"abcd" * 15, "a" * 600]), "token has 600 characters"),
     (lambda f, t: tokens(f, pre="other"), "tokenizer.ggml.pre is 'other'; supported are llama-bpe"),
     (lambda f, t: tokens(f, merges=["a b c"]), "tokenizer cannot be read: ValueError"),
     (lambda f, t: tokens(f, merges=["a b"]), "tokenizer cannot be read"),
@@ -170,6 +191,120 @@ def test_cuts_compile(cut, tmp_path):
     change = lambda fields, _: tokens(fields, pre=cut, bos_token_id=1, eos_token_id=2)
     _, processor = pixel_jax.from_pretrained(write(tmp_path / "x.gguf", "llama", tiny_llama(), change))
     assert processor.tokenizer.bos_token == "t1"
+
+
+def read_tokenizer(path, **fields):
+    """The tokenizer of a GGUF file with such metadata."""
+    fields = {f"tokenizer.{x}" if x == "chat_template" else f"tokenizer.ggml.{x}": y for x, y in fields.items()}
+    write(path, "llama", tiny_llama(), lambda own, _: own.update(fields))
+    _, _, processor = read_gguf(path)
+    return processor.tokenizer
+
+
+def llama2_fields():
+    """What a converter writes of a small tokenizer of LLaMA-2's kind: a score is minus the place of the merge."""
+    document = json.loads(spaced("normalizer").backend_tokenizer.to_str())["model"]
+    made = {"".join(pair): float(-i) for i, pair in enumerate(document["merges"], 1)}
+    names = sorted(document["vocab"], key=document["vocab"].get)
+    scores = [made.get(name, -1e4 - i) for i, name in enumerate(names)]
+    types = [2, 3, 3, *[6] * 256, *[1] * (len(names) - 259)]
+    return {"model": "llama", "tokens": names, "scores": scores, "token_type": types}
+
+
+TALKS = st.lists(
+    st.one_of(
+        st.sampled_from(["The cat", " sat", "  ", "\n", "[INST]", "12", "é", "日本", "<0x41>", "\\boxed{7}", "\0"]),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_tokenizer_of_llama_2(prefix, tmp_path):
+    """Ids of texts, special tokens between them, and of dialogs are those of the tokenizer that the file was made of."""
+    theirs = spaced("normalizer" if prefix else "never")
+    fields = llama2_fields() | {"add_space_prefix": prefix, "chat_template": LLAMA2}
+    mine = read_tokenizer(tmp_path / "x.gguf", **fields)
+    assert (mine.bos_token, mine.eos_token, mine.unk_token) == ("<s>", "</s>", "<unk>")
+    words, expected = Vocabulary.of(mine), Vocabulary.of(theirs)
+    assert words.special == expected.special and words.layout.before == expected.layout.before
+
+    @settings(max_examples=150, deadline=None)
+    @given(TALKS, st.booleans())
+    def agree(text, marked):
+        text = f"<s>{text}</s>{text}" if marked else text
+        ids = mine.encode(text, add_special_tokens=False)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert mine.encode(text) == [1, *ids] and mine.decode(ids) == theirs.decode(ids)
+        for place in Place:
+            assert words.encode(text, place) == expected.encode(text, place)
+
+    agree()
+    told = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "The cat?"}]
+    assert mine.apply_chat_template(told)["input_ids"] == theirs.apply_chat_template(told)["input_ids"]
+
+
+def test_beginnings_and_ends(tmp_path):
+    fields = llama2_fields()
+    for begin, end in itertools.product((True, False), repeat=2):
+        mine = read_tokenizer(tmp_path / "x.gguf", **fields, add_bos_token=begin, add_eos_token=end)
+        ids = mine.encode("The cat", add_special_tokens=False)
+        assert mine.encode("The cat") == [1] * begin + ids + [2] * end
+    # A token of a person's own is matched as a whole, one that pads the vocabulary is never written.
+    longer = {"tokens": ["<tool>", "The cat"], "scores": [-1000.0, 0.0], "token_type": [4, 5]}
+    mine = read_tokenizer(tmp_path / "x.gguf", **fields | {name: fields[name] + x for name, x in longer.items()})
+    whole = len(fields["tokens"])
+    assert mine.encode("a<tool>The cat", add_special_tokens=False) == [
+        *mine.encode("a", add_special_tokens=False), whole, *ids,
+    ]  # fmt: skip
+
+
+@pytest.mark.torch
+def test_llama_2_as_transformers_reads_it(tmp_path):
+    """It makes merges of the scores as here, and puts a space before the first text unless there is one."""
+    from transformers import AutoTokenizer
+
+    named = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+    mine = read_tokenizer(tmp_path / "x.gguf", **llama2_fields(), **named)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+
+    @settings(max_examples=150, deadline=None)
+    @given(TALKS.filter(lambda text: not text.startswith((" ", SPACE))))
+    def agree(text):
+        assert mine.encode(text) == theirs.encode(text)
+
+    agree()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is None, reason="pip install sentencepiece")
+@pytest.mark.parametrize("prefix", [True, False])
+def test_ids_of_sentencepiece(prefix, tmp_path):
+    """Of a model that it has trained, in the metadata that llama.cpp's converter writes."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([WORDS, "aa aaa aaaa    b     bb banana bananas"] * 20), model_prefix=str(tmp_path / "m"),
+        model_type="bpe", vocab_size=420, byte_fallback=True, normalization_rule_name="identity", split_digits=True,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, add_dummy_prefix=prefix, minloglevel=2,
+    )  # fmt: skip
+    theirs = SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    kinds = {2: theirs.IsUnknown, 3: theirs.IsControl, 5: theirs.IsUnused, 6: theirs.IsByte}
+    numbers = range(theirs.vocab_size())
+    fields = {
+        "tokens": [theirs.IdToPiece(i) for i in numbers],
+        "scores": [theirs.GetScore(i) for i in numbers],
+        "token_type": [next((kind for kind, has in kinds.items() if has(i)), 1) for i in numbers],
+    }
+    mine = read_tokenizer(tmp_path / "x.gguf", model="llama", **fields, add_space_prefix=prefix, add_bos_token=False)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.one_of(TALKS, st.text("ab n", max_size=20)))
+    def agree(text):
+        assert mine.encode(text) == theirs.encode(text)
+        assert mine.decode(mine.encode(text)) == theirs.decode(theirs.encode(text))
+
+    agree()
 
 
 @pytest.mark.slow

@@ -36,6 +36,20 @@ TEXT = {
 }
 
 
+def qwen2_vl(words, size, hidden):
+    half = hidden // TEXT["num_attention_heads"] // 2
+    text = {name: value for name, value in TEXT.items() if name != "head_dim"}
+    tower = {"depth": 2, "embed_dim": 32, "hidden_size": hidden, "mlp_ratio": 2, "num_heads": 2, "in_chans": 3}
+    marks = ("image_pad", "video_pad", "vision_start", "vision_end")
+    tokens = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
+                      (getattr(words, mark) for mark in marks), strict=True))  # fmt: skip
+    rotary = {"type": "mrope", "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    return config_from_hf(
+        {"model_type": "qwen2_vl", **text, **tokens, "vocab_size": size, "hidden_size": hidden, "rope_scaling": rotary,
+         "vision_config": tower}
+    )  # fmt: skip
+
+
 def qwen3_vl(words, size, hidden):
     return config_from_hf(
         {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import pathlib
 import types
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 from PIL import Image
 
 from pixel_jax import chat
-from pixel_jax.chat import Chat, Screen, converse, split_line
+from pixel_jax.chat import Chat, Frames, Screen, converse, split_line
 from pixel_jax.cli import UserError
 from pixel_jax.evaluation import transcript
+from pixel_jax.models.preprocessors import Sampling
+from pixel_jax.pictures import ImageError
 from pixel_jax.serving.session import Session
 from tests.data import ffmpeg
 from tests.rollouts import scripted_model
@@ -118,9 +121,9 @@ def test_a_video(speaker, tmp_path, capsys):
     frames = [scripted_model.image(i, 96, 128) for i in range(3)]
     for i, frame in enumerate(frames):
         Image.fromarray(frame).save(tmp_path / f"{i}.png")
-    (clip,) = chat.load_parts([tmp_path / f"{i}.png" for i in range(3)], True)
+    (clip,) = chat.load_parts([tmp_path / f"{i}.png" for i in range(3)], True, Frames())
     assert np.array_equal(clip.frames, frames) and clip.seconds == 1.0
-    (film,) = chat.load_parts([ffmpeg.make(tmp_path / "a.mp4")], False)
+    (film,) = chat.load_parts([ffmpeg.make(tmp_path / "a.mp4")], False, Frames().of(speaker.sampling))
     assert len(film.frames) == 16 and film.frames[0].shape == (48, 64, 3) and film.seconds == pytest.approx(0.5)
     talker.ask("Which frame?", [clip])
     talker.ask("And before it?")
@@ -143,11 +146,44 @@ def test_names_of_files(tmp_path, monkeypatch):
         chat.local_path("https://x.org/a.png")
     film = ffmpeg.make(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="--video: .*a.mp4' is a video file: give it alone, or only frames"):
-        chat.load_parts([film, film], True)
+        chat.check_files([film, film], True)
     with pytest.raises(UserError, match="--video: name the frames of the video"):
-        chat.load_parts([], True)
-    (clip,) = chat.load_parts([film], True)
+        chat.check_files([], True)
+    with pytest.raises(UserError, match="'What is it' cannot be opened: there is no such file; a question is given by"):
+        chat.check_files([film, pathlib.Path("What is it")], False)
+    (tmp_path / "a.txt").write_text("What is it, and what is on it?")
+    with pytest.raises(ImageError, match="a.txt"):
+        chat.check_files([tmp_path / "a.txt"], False)
+    (clip,) = chat.load_parts([film], True, Frames())
     assert len(clip.frames) == 16
+
+
+# What a person asks for and what the model was made for -> the frames of a film of 80 in four seconds, and those of a second.
+FILMS = {
+    "nothing": (Frames(), Sampling(), 16, 4),
+    "the model's rate": (Frames(), Sampling(fps=2.0), 8, 2),
+    "the model's rate, and no more than usual": (Frames(), Sampling(fps=10.0), 16, 4),
+    "the model's number": (Frames(), Sampling(frames=10), 10, 2.5),
+    "a number": (Frames(20), Sampling(fps=2.0), 20, 5),
+    "a rate": (Frames(rate=5.0), Sampling(fps=2.0), 20, 5),
+    "a rate, and the most of the model": (Frames(rate=10.0), Sampling(most=20), 20, 5),
+    "a rate and a number": (Frames(6, 5.0), Sampling(), 6, 1.5),
+}
+
+
+@pytest.mark.parametrize("case", FILMS)
+def test_frames_by_number_and_by_rate(case, tmp_path, capsys):
+    """Those of ffmpeg at that rate; where there are fewer than the rate asks for, it is said."""
+    asked, usual, count, rate = FILMS[case]
+    film = ffmpeg.make(tmp_path / "a.mp4")
+    frames = asked.of(usual)
+    clip = chat.load_clip(film, frames)
+    assert len(clip.frames) == count and clip.seconds == pytest.approx(2 / rate)
+    fewer = frames.rate is not None and frames.rate > rate
+    assert (f": {count} frames are the most" in capsys.readouterr().err) == fewer
+    if frames.rate is not None:
+        shown = ffmpeg.frames_of(film, f"fps={rate}:round=up")[:count]
+        assert (shown == np.array(clip.frames)).all(axis=(1, 2, 3)).mean() > 0.8
 
 
 def test_an_answer_that_is_stopped_or_fails(speaker, talk, monkeypatch, capsys):
