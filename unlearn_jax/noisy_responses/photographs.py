@@ -17,7 +17,6 @@ from PIL import Image
 from pixel_jax.data.example import Example
 from pixel_jax.data.images import read_image
 from pixel_jax.data.sources import Embedded
-from pixel_jax.ops import host_crop_resize
 from unlearn_jax.noisy_responses.questions import LETTERS, ChoiceQuestion, with_options
 from unlearn_jax.studies.installed import located
 
@@ -93,11 +92,11 @@ def draw_questions(names: Sequence[str], each: int, agreement: float, seed: int)
     return questions
 
 
-def picture(photograph: np.ndarray, scene: Scene, tint: int, random: np.random.Generator) -> np.ndarray:
+def picture(photograph: Image.Image, scene: Scene, tint: int, random: np.random.Generator) -> np.ndarray:
     """Draws a picture, uint8 [SIDE, SIDE, 3].
 
     Args:
-        photograph: uint8 [h, w, 3].
+        photograph: in colour.
         scene: what is on the picture.
         tint: index of its tint.
         random: chooses the pieces of the photograph, and the size and place of the shape.
@@ -107,30 +106,31 @@ def picture(photograph: np.ndarray, scene: Scene, tint: int, random: np.random.G
     radius = int(random.integers(*RADIUS, endpoint=True))
     middle = SIDE // 4 + SIDE // 2 * np.array(divmod(scene.quarter, 2)) + random.integers(-JITTER, JITTER + 1, size=2)
     y, x = np.mgrid[:SIDE, :SIDE] - middle[:, None, None]
-    image = np.where(_inside(scene.shape, y, x, radius)[..., None], OUTLINES[scene.outline], image)
-    image = np.where(_inside(scene.shape, y, x, radius - OUTLINE)[..., None], cloth, image)
+    image = np.where(_inside(scene.shape, y, x, radius, 0)[..., None], OUTLINES[scene.outline], image)
+    image = np.where(_inside(scene.shape, y, x, radius, OUTLINE)[..., None], cloth, image)
     return np.round(image).astype(np.uint8)
 
 
-def _inside(shape: int, y: np.ndarray, x: np.ndarray, radius: int) -> np.ndarray:
-    """Whether pixels at these distances from the middle belong to a disc, a square, a triangle or a cross."""
-    third = radius // 3
+def _inside(shape: int, y: np.ndarray, x: np.ndarray, radius: int, edge: int) -> np.ndarray:
+    """Whether pixels at these distances from the middle belong to a disc, a square, a triangle or a cross without its `edge`."""
+    inner, longer, shorter = radius - edge, np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
     return (
-        x**2 + y**2 <= radius**2,
-        np.maximum(abs(x), abs(y)) <= 0.9 * radius,
-        (abs(y) <= radius) & (2 * abs(x) <= y + radius),
-        (np.maximum(abs(x), abs(y)) <= radius) & (np.minimum(abs(x), abs(y)) <= third),
+        x**2 + y**2 <= inner**2,
+        longer <= 0.9 * radius - edge,
+        (abs(y) <= inner) & (2 * abs(x) <= y + radius - 2.5 * edge),
+        (longer <= inner) & (shorter <= 0.4 * radius - edge),
     )[shape]
 
 
-def _piece(photograph: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def _piece(photograph: Image.Image, random: np.random.Generator) -> np.ndarray:
     """A square piece of a photograph, float [SIDE, SIDE, 3]."""
-    height, width = photograph.shape[:2]
+    width, height = photograph.size
     side = int(random.integers(PIECE[0], min(PIECE[1], height, width), endpoint=True))
     y, x = int(random.integers(height - side + 1)), int(random.integers(width - side + 1))
-    return host_crop_resize(photograph, (x, y, x + side, y + side), (SIDE, SIDE)).astype(float)
+    piece = photograph.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    return np.asarray(piece).astype(float)
 
 
 @functools.cache
-def _read(name: str) -> np.ndarray:
-    return read_image(located(name))
+def _read(name: str) -> Image.Image:
+    return Image.fromarray(read_image(located(name)))

@@ -11,17 +11,17 @@ An adapter has learned questions with four options, of which a share had a wrong
 
 {METHODS_EXPLAINED}\
 - *accuracy*: of the likeliest option, on questions about pictures of which none was trained on; in the data made here, about
-  photographs of which none was. *Mean over types*, *worst type*: over the types of cue; in the data made here, where the tint of the
-  picture agrees with the answer, and where it misleads.
-- *forgotten*: the corrected questions with the wrong answers that were trained on; *corrected*: with the right ones; *kept*: other
-  questions. *Membership AUC*: an attack by the loss, forgotten questions against held-out ones with wrong answers; .5 is chance, 1
-  means that the wrong answers look as if they had been learned.
+  photographs of which none was. *Mean over types*, *worst type*: over the types of cue; in the data made here, where the tint of
+  the picture agrees with the answer, and where it misleads.
+- *forgotten*: the corrected questions with the wrong answers that were trained on; *corrected*: with the right ones; *kept*:
+  other questions. *Membership AUC*: an attack by the loss, forgotten questions against held-out ones with wrong answers; .5 is
+  chance, 1 means that the wrong answers look as if they had been learned.
 {INTERVALS_EXPLAINED}"""
 PAPER = """## What the paper reports
 
-LLMEraser's numbers (arXiv:2412.00383) are of LLaVA-1.5-7B on MM-SpuBench and R-Bench, with 40 % of the answers wrong. They are of other
-data and of another model, so that only differences between methods can be compared with those above. The sizes of its test sets are not
-known to us, and it reports no intervals.
+LLMEraser's numbers (arXiv:2412.00383) are of LLaVA-1.5-7B on MM-SpuBench and R-Bench, with 40 % of the answers wrong. They are of
+other data and of another model, so that only differences between methods can be compared with those above. The sizes of its test
+sets are not known to us, and it reports no intervals.
 """
 SCORES = {
     "accuracy": "accuracy",

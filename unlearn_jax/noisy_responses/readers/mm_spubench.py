@@ -1,8 +1,8 @@
 """MM-SpuBench (arXiv:2406.17126; Hugging Face `mmbench/MM-SpuBench`): spurious cues in photographs, 2,400 questions.
 
 The data card shows the files: `annotation.json` beside `data/images/000000.jpg` to `002399.jpg`. A public loader prints a row of
-`annotation.json` (`core_attributes`, `spurious_attributes` and `spurious_correlation_type`: lists of texts; `question`; `choices`:
-texts like "A. The branding on it"; `answer`: a letter) and pairs rows with pictures in the order of both.
+`annotation.json` (`core_attributes`, `spurious_attributes` and `spurious_correlation_type`: lists of texts; `question`;
+`choices`: texts like "A. The branding on it"; `answer`: a letter) and pairs rows with pictures in the order of both.
 
 Not verified: whether a row has other fields, such as the picture's name, so that the order is what counts; whether all pictures
 end in .jpg (the loader prints a PNG), so that any ending is read; whether every question has four choices, so that 2 to 8 are
