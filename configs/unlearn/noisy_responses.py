@@ -24,11 +24,11 @@ def get_config() -> ConfigDict:
     config.out = "runs/noisy_responses"
     config.cells = "docs/unlearn-noisy-responses/photographs"
 
-    config.data = {"reader": "photographs", "examples": 360, "tests": 240, "test_share": 0.4, "each": 90}
+    config.data = {"reader": "photographs", "examples": 240, "tests": 240, "test_share": 0.4, "each": 60}
     config.base = {
-        "each": 400,
+        "each": 300,
         "agreement": 0.7,
-        "training": {"epochs": 20, "batch": 32, "learning_rate": 1e-3, "checkpoint_every": 1_000_000},
+        "training": {"epochs": 14, "batch": 32, "learning_rate": 2e-3, "checkpoint_every": 1_000_000},
     }
     config.adapter = {"rank": 8, "alpha": 16.0, "targets": r"model\.layers\..*"}
     config.training = {

@@ -29,7 +29,7 @@ from unlearn_jax.vision_language import Logits
 # Long phrases that are one token each.
 PIECES = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", *photographs.TEXTS.values()]
 LIMITS = RolloutConfig(min_pixels=photographs.SIDE**2, max_pixels=photographs.SIDE**2)
-LENGTH = 32  # tokens of a question and its answer
+LENGTH = 20  # tokens of a question and its answer
 NOTE = "base.json"  # beside the model, written when it is complete
 
 

@@ -22,12 +22,12 @@ class QuestionsConfig:
     image_folders: tuple[str, ...] = ()  # other folders in which R-Bench's pictures may lie
     subset: str | None = None  # one of R-Bench's files of ids; None: all questions
     bad_rows: Literal["stop", "drop"] = "stop"  # of released files: rows that cannot be used
-    each: int = 90  # questions that are drawn here about each photograph
+    each: int = 60  # questions that are drawn here about each photograph
     agreement: float = 0.25  # share of these with which the cue agrees
-    examples: int = 360  # questions to train on, drawn by the seed
+    examples: int = 240  # questions to train on, drawn by the seed
     tests: int = 240  # held-out questions
     test_share: float = 0.4  # of the pictures, which are held out
-    length: int = 32  # tokens of a question, its picture and its answer
+    length: int = 20  # tokens of a question, its picture and its answer
     answer: int = 1  # tokens of an answer
     max_pixels: int | None = None  # of a picture as it is shown; None: as the model's files or the quickstart say
     seed: int = 0  # of the questions that are drawn here, and of the split
@@ -46,9 +46,9 @@ class BaseConfig:
     network: NetworkConfig = NetworkConfig(
         width=64, layers=2, mlp=128, vision_width=64, vision_layers=2, vision_mlp=128
     )
-    each: int = 400  # questions about each photograph
+    each: int = 300  # questions about each photograph
     agreement: float = 0.7  # share of these with which the cue agrees
-    training: TrainingRecipe = TrainingRecipe(epochs=20, batch=32, learning_rate=1e-3, checkpoint_every=1_000_000)
+    training: TrainingRecipe = TrainingRecipe(epochs=14, batch=32, learning_rate=2e-3, checkpoint_every=1_000_000)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
