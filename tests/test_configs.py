@@ -9,6 +9,7 @@ from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.synthesis.run import SynthConfig
 from pixel_jax.train_config import TrainConfig
+from unlearn_jax.noisy_responses.config import NoisyResponsesConfig
 from unlearn_jax.own_run.config import RunEditConfig
 from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.quickstart.config import Config as UnlearningConfig
@@ -33,6 +34,7 @@ KINDS = {
     "unlearn/movielens_llara": RecommendationConfig,
     "unlearn/movielens_tallrec": RecommendationConfig,
     "unlearn/movielens_tallrec_all": RecommendationConfig,
+    "unlearn/noisy_responses": NoisyResponsesConfig,
     "unlearn/people": PeopleConfig,
     "unlearn/quickstart": UnlearningConfig,
     "unlearn/run": RunEditConfig,

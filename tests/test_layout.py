@@ -16,10 +16,12 @@ LABORATORY = (
     "pixel_jax.quickstart",
     "unlearn_jax.bench",
     "unlearn_jax.experiment",
+    "unlearn_jax.noisy_responses",
     "unlearn_jax.people",
     "unlearn_jax.planning",
     "unlearn_jax.quickstart",
     "unlearn_jax.recommendation",
+    "unlearn_jax.studies",
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -4,7 +4,8 @@
     unlearn-jax erase --request=requests.jsonl
     unlearn-jax eval
 
-With --config=unlearn/movielens_tallrec (or _llara) they fill in the table of a comparison instead, and carry out no requests.
+With --config=unlearn/movielens_tallrec (or _llara) or unlearn/noisy_responses they fill in the table of a comparison instead, and
+carry out no requests.
 
 The adapter of a finished `pixel-jax sft`:
 
@@ -41,6 +42,7 @@ TASKS = {
     "traces": ("unlearn_jax.quickstart", "Config"),
     "people": ("unlearn_jax.people", "PeopleConfig"),
     "recommendation": ("unlearn_jax.recommendation", "RecommendationConfig"),
+    "noisy_responses": ("unlearn_jax.noisy_responses", "NoisyResponsesConfig"),
     "run": ("unlearn_jax.own_run", "RunEditConfig"),
 }
 

@@ -11,8 +11,7 @@ import numpy as np
 from pixel_jax.config import ConfigError
 from unlearn_jax.recommendation.forms import PromptForm
 from unlearn_jax.recommendation.ratings import SHORTEST, Rated, Ratings, Row
-
-REMOVE = "remove"
+from unlearn_jax.studies.study import REMOVE, RESPONSE
 
 
 class Corruption:
@@ -45,7 +44,7 @@ EDITS: Mapping[str, Callable[[Corruption, Row], Row | None]] = {
     REMOVE: Corruption.remove,
     "query_removal": Corruption.query_removal,
     "query_replacement": Corruption.query_replacement,
-    "response": Corruption.response,
+    RESPONSE: Corruption.response,
 }
 
 

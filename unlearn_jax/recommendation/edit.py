@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from pixel_jax.cli import UserError
-from unlearn_jax.recommendation.cells import Cell, cells_of, run_cells
 from unlearn_jax.recommendation.config import RecommendationConfig
-from unlearn_jax.recommendation.methods import REFERENCES
-from unlearn_jax.recommendation.study import Study
+from unlearn_jax.recommendation.study import RecommendationStudy
 from unlearn_jax.requests.request import Request
+from unlearn_jax.studies.cells import Cell
+from unlearn_jax.studies.commands import compute, refuse_requests
+from unlearn_jax.studies.methods import REFERENCES
+
+TASK = "recommendation"
 
 
 def train(config: RecommendationConfig, mesh: Mesh | None = None) -> list[Cell]:
@@ -18,7 +20,7 @@ def train(config: RecommendationConfig, mesh: Mesh | None = None) -> list[Cell]:
     Returns:
         The cells.
     """
-    return compute(config, REFERENCES, mesh)
+    return compute(RecommendationStudy.of, TASK, config, REFERENCES, mesh)
 
 
 def edit(
@@ -33,21 +35,5 @@ def edit(
     Raises:
         UserError: requests are given.
     """
-    if requests is not None or show_content:
-        raise UserError(
-            "config.task=recommendation carries out no requests: its edits are config.edits and config.shares"
-        )
-    return compute(config, ("erase",), mesh)
-
-
-def compute(config: RecommendationConfig, methods: Sequence[str] | None, mesh: Mesh | None) -> list[Cell]:
-    """Computes the cells of some methods; None: of all methods.
-
-    Raises:
-        UserError: a mesh is given.
-    """
-    if mesh is not None:
-        raise UserError("config.task=recommendation runs on one device: leave --devices out")
-    wanted = [cell for cell in cells_of(config) if methods is None or cell.method in methods]
-    run_cells(Study.of(config), wanted)
-    return wanted
+    refuse_requests(TASK, requests, show_content)
+    return compute(RecommendationStudy.of, TASK, config, ("erase",), mesh)

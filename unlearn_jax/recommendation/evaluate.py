@@ -4,11 +4,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from pixel_jax.terminal import say
-from unlearn_jax.recommendation.cells import read_cell
 from unlearn_jax.recommendation.config import RecommendationConfig
-from unlearn_jax.recommendation.edit import compute
-from unlearn_jax.recommendation.table import rows_of, text
+from unlearn_jax.recommendation.edit import TASK
+from unlearn_jax.recommendation.report import REPORT
+from unlearn_jax.recommendation.study import RecommendationStudy
+from unlearn_jax.studies.commands import compute, show
 
 
 def evaluate(config: RecommendationConfig, mesh: Mesh | None = None) -> list[dict[str, Any]]:
@@ -17,7 +17,4 @@ def evaluate(config: RecommendationConfig, mesh: Mesh | None = None) -> list[dic
     Returns:
         The cells of all seeds but the tuning seed.
     """
-    cells = [read_cell(config, cell) for cell in compute(config, None, mesh)]
-    finished = [cell for cell in cells if cell is not None and cell["seed"] != config.tuning_seed]
-    say("\n" + text(rows_of(finished)) + "\n")
-    return finished
+    return show(config, compute(RecommendationStudy.of, TASK, config, None, mesh), REPORT.columns)

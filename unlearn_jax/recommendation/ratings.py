@@ -1,7 +1,5 @@
 """Ratings of films by users, and rows drawn from them: some consecutive films of a user, and the next one as the target."""
 
-import importlib.util
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +7,6 @@ import numpy as np
 
 from pixel_jax.config import ConfigError
 
-PACKAGE = "package:"
 SHORTEST = 3  # films of a history, as in LLaRA
 
 
@@ -46,21 +43,6 @@ class Row(NamedTuple):
     def name(self) -> str:
         """The row's id."""
         return f"{self.user}-{self.position}"
-
-
-def located(path: str) -> pathlib.Path:
-    """Resolves a path; "package:NAME/PATH" is one inside an installed package, which is not imported.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
-    if not path.startswith(PACKAGE):
-        return pathlib.Path(path)
-    name, _, inside = path.removeprefix(PACKAGE).partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{path!r}: there is no package {name!r}; install it (docs/unlearning.md names it)")
-    return pathlib.Path(spec.submodule_search_locations[0]) / inside
 
 
 def split_users(ratings: Ratings, share: float, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -6,7 +6,6 @@ Of the topmost layer, keys and values are computed at all positions, the rest on
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, copied, split
 from unlearn_jax.arrays import AnyArray, Example, Params
 from unlearn_jax.loss import MASK, CrossEntropy, Loss
+from unlearn_jax.studies.study import digest_of, fresh_adapter
 
 BLOCK = 8  # texts that the lower layers read at a time
 
@@ -72,16 +72,8 @@ class Recommender:
         return cls(tokenizer, _cut(model, 0, count - layers), rest, adapter)
 
     def fresh(self, seed: int) -> Params:
-        """Makes an adapter before training as PEFT does: A uniform, B zero."""
-        adapter = {}
-        for number, (name, x) in enumerate(sorted(self.shape.items())):
-            if name.endswith("lora_b"):
-                adapter[name] = jnp.zeros_like(x)
-            else:
-                bound = x.shape[-1] ** -0.5
-                key = jax.random.fold_in(jax.random.key(seed), number)
-                adapter[name] = jax.random.uniform(key, x.shape, x.dtype, -bound, bound)
-        return adapter
+        """Makes an adapter before training."""
+        return fresh_adapter(self.shape, seed)
 
     @property
     def loss(self) -> Loss:
@@ -91,12 +83,7 @@ class Recommender:
     @functools.cached_property
     def digest(self) -> str:
         """A hash of the weights of both parts, which depends on where the model is cut."""
-        sha = hashlib.sha256()
-        for part in (self.lower, self.upper):
-            for x in jax.tree.leaves(part):
-                sha.update(repr((x.shape, str(x.dtype))).encode())
-                sha.update(np.ascontiguousarray(x).tobytes())
-        return sha.hexdigest()[:32]
+        return digest_of(self.lower, self.upper)
 
     def ids(self, text: str) -> list[int]:
         """Encodes a text without special tokens."""

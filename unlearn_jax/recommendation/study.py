@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,24 +17,20 @@ from pixel_jax.files import write_file
 from pixel_jax.terminal import say
 from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.arrays import Params
-from unlearn_jax.baselines import ensemble
-from unlearn_jax.dataset import ID
-from unlearn_jax.edits import CorrectResponse, Edit, ModifyQuery, Remove
-from unlearn_jax.metrics import answers, membership, tokens
+from unlearn_jax.loss import Loss
 from unlearn_jax.recommendation.config import RecommendationConfig
-from unlearn_jax.recommendation.corruption import EDITS, REMOVE, corrupt
+from unlearn_jax.recommendation.corruption import EDITS, Corruption, corrupt
 from unlearn_jax.recommendation.forms import FORMS, PromptForm
 from unlearn_jax.recommendation.generation import ReadQuestions
-from unlearn_jax.recommendation.ratings import Ratings, Row, draw_rows, located, split_users
+from unlearn_jax.recommendation.ratings import Ratings, Row, draw_rows, split_users
 from unlearn_jax.recommendation.readers import READERS
 from unlearn_jax.recommendation.recommender import BLOCK, Encoded, Recommender, examples
-from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
-
-Arrays = dict[str, np.ndarray]
+from unlearn_jax.studies.installed import located
+from unlearn_jax.studies.study import REMOVE, Arrays, Case, Study
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Study:
+class RecommendationStudy(Study):
     """The data, the prompt form and the model, which all cells share."""
 
     config: RecommendationConfig
@@ -46,7 +42,7 @@ class Study:
     log: Callable[[str], None] = say
 
     @classmethod
-    def of(cls, config: RecommendationConfig, model: Any = None, tokenizer: Any = None) -> "Study":
+    def of(cls, config: RecommendationConfig, model: Any = None, tokenizer: Any = None) -> "RecommendationStudy":
         """Reads the data, and the model unless it is given.
 
         Raises:
@@ -77,6 +73,35 @@ class Study:
         )
         config.directory.mkdir(parents=True, exist_ok=True)
         return cls(config, ratings, FORMS[config.form], recommender, users, tested)
+
+    @property
+    def loss(self) -> Loss:
+        """See `Study.loss`."""
+        return self.recommender.loss
+
+    @property
+    def digest(self) -> str:
+        """See `Study.digest`."""
+        return self.recommender.digest
+
+    @property
+    def examples(self) -> int:
+        """See `Study.examples`."""
+        return self.config.data.examples
+
+    @property
+    def tests(self) -> int:
+        """See `Study.tests`."""
+        return len(self.tested)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """See `Study.metrics`."""
+        return self.form.metrics
+
+    def fresh(self, seed: int) -> Params:
+        """See `Study.fresh`."""
+        return self.recommender.fresh(seed)
 
     def rows(self, seed: int) -> list[Row]:
         """Draws the training rows of a seed in their right form."""
@@ -136,41 +161,26 @@ class Study:
 
     @functools.cached_property
     def unseen(self) -> Arrays:
-        """The test rows as examples."""
+        """See `Study.unseen`."""
         return examples(self._tests, self.questions.hidden)
 
-    def case(self, edit: str, share: float, seed: int) -> "Case":
+    @functools.cache  # noqa: B019, a study lives as long as its process
+    def unseen_like(self, edit: str) -> Arrays:
+        """See `Study.unseen_like`. Rows that cannot be corrupted are left out."""
+        if edit == REMOVE:
+            return self.unseen
+        random = np.random.default_rng((self.config.data.seed, 3))
+        corruption = Corruption(self.ratings, self.form, self.config.data.history, random)
+        corrupted = [EDITS[edit](corruption, row) for row in self.tested]
+        return self.arrays([row for row in corrupted if row is not None])
+
+    def case(self, edit: str, share: float, seed: int) -> Case:
         """Makes the case of an edit of a share of a seed's rows."""
         rows = self.rows(seed)
         spoilt, touched = corrupt(
             edit, rows, share, self.ratings, self.form, history=self.config.data.history, seed=seed
         )
-        return Case(self, edit, share, seed, rows, spoilt, touched)
-
-    def trained(
-        self, rows: Arrays, seed: int, *, weights: np.ndarray | None = None, start: Params | None = None, order: int = 0
-    ) -> tuple[Params, float]:
-        """Trains an adapter; returns it and the example-gradients spent. It is cached in a file, named by a hash of all inputs.
-
-        Args:
-            rows: the examples.
-            seed: of the fresh adapter.
-            weights: [n], zero for rows that do not count; None: all count.
-            start: the adapter before training; None: the fresh one.
-            order: number of the order of the batches.
-        """
-        weights = np.ones(len(rows["labels"])) if weights is None else weights
-        begin: Params = self.recommender.fresh(seed) if start is None else start
-        recipe = dataclasses.replace(self.config.training, seed=1000 * order + seed)
-        spent = float(recipe.epochs * np.count_nonzero(weights))
-        path = self.config.directory / f"{_digest(self.recommender.digest, recipe, rows, weights, begin)}.safetensors"
-        if path.exists():
-            return {name: jnp.asarray(x) for name, x in load_file(path).items()}, spent
-        progress = ProgressLine("training, steps", len(recipe.order(len(weights))))
-        log = lambda step, value: progress.update(step, {"loss": value})
-        adapter = train(recipe, self.recommender.loss, beginning(recipe, begin), rows, weights, log=log)
-        write_file(path, save({name: np.asarray(x) for name, x in adapter.items()}))
-        return adapter, spent
+        return Case(self, edit, share, seed, [row.name for row in rows], rows, spoilt, touched)
 
     def scores(self, stacked: Params) -> dict[str, float]:
         """Scores the mean of the probabilities of adapters [adapters, ...] on the test rows."""
@@ -184,7 +194,7 @@ class Study:
 class TestSpeaker:
     """A `Speaker` that has read the test questions."""
 
-    study: Study
+    study: RecommendationStudy
     stacked: Params
     __test__ = False  # for pytest
 
@@ -201,99 +211,3 @@ class TestSpeaker:
         recommender = self.study.recommender
         stop = {recommender.ids("\n")[0], recommender.tokenizer.eos_token_id} - {None}
         return self.study.questions.answers(self.stacked, self.study.config.data.answer, sorted(stop))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Case:
-    """An edit of some rows of a seed."""
-
-    study: Study
-    edit: str
-    share: float
-    seed: int
-    rows: list[Row]  # as they should be
-    spoilt: list[Row]  # as they were trained on
-    touched: np.ndarray  # int [k], positions of the rows that the edit is about
-
-    @functools.cached_property
-    def before(self) -> Arrays:
-        """The examples that were trained on."""
-        return self.study.arrays(self.spoilt)
-
-    @functools.cached_property
-    def after(self) -> Arrays:
-        """The examples that should have been trained on; removed rows are among them, and have weight zero."""
-        return self.before if self.edit == REMOVE else self.study.arrays(self.rows)
-
-    @property
-    def dataset(self) -> dict[str, Any]:
-        """The examples that were trained on, with ids."""
-        return {ID: np.array([row.name for row in self.rows]), **self.before}
-
-    @property
-    def weights(self) -> np.ndarray:
-        """The weights [n] of the rows after the edit."""
-        weights = np.ones(len(self.rows))
-        if self.edit == REMOVE:
-            weights[self.touched] = 0
-        return weights
-
-    @property
-    def edits(self) -> list[Edit]:
-        """The edit, for `erase` and the baselines."""
-        ids = [self.rows[i].name for i in self.touched]
-        if self.edit == REMOVE:
-            return [Remove(ids)]
-        new = {name: x[self.touched] for name, x in self.after.items()}
-        return [CorrectResponse(ids, new) if self.edit == "response" else ModifyQuery(ids, new)]
-
-    @functools.cached_property
-    def trained(self) -> Params:
-        """The adapter that is to be edited."""
-        return self.study.trained(self.before, self.seed)[0]
-
-    def retrained(self, *, warm: bool = False, order: int = 0) -> tuple[Params, float]:
-        """Trains by the same recipe on the edited examples; with `warm` from the trained adapter."""
-        start = self.trained if warm else None
-        return self.study.trained(self.after, self.seed, weights=self.weights, start=start, order=order)
-
-    @functools.cached_property
-    def reference(self) -> Params:
-        """The cold retrain, with which all others are compared."""
-        return jax.tree.map(np.asarray, alone(self.retrained()[0]))
-
-    def forgetting(self, stacked: Params) -> dict[str, float]:
-        """Compares adapters [adapters, ...] with the cold retrain: losses, divergences and membership.
-
-        `forget` are the edited rows as they were trained on, `kept` unedited ones, `right` the right form of replaced rows.
-        `auc_member` is the AUC of an attack by the loss, on forgotten rows against test rows.
-        """
-        unedited = np.setdiff1d(np.arange(len(self.rows)), self.touched)[: self.study.config.rows]
-        sets = {"forget": _take(self.before, self.touched), "kept": _take(self.before, unedited)}
-        if self.edit != REMOVE:
-            sets["right"] = _take(self.after, self.touched)
-        loss, metrics = ensemble(self.study.recommender.loss), {}
-        nll = {}
-        for name, rows in {**sets, "test": self.study.unseen}.items():
-            statistics = tokens.score(loss, stacked, rows)
-            nll[name] = answers.mean_nll(statistics.logprob, statistics.mask)
-            metrics[f"loss_{name}"] = float(nll[name].mean())
-        for name, rows in sets.items():
-            metrics[f"kl_{name}"] = float(tokens.kl_to(loss, stacked, self.reference, rows).mean())
-        return {**metrics, "auc_member": membership.auc(nll["forget"], nll["test"])}
-
-
-def alone(adapter: Params) -> Params:
-    """Adds a leading axis: a stack of one adapter."""
-    return jax.tree.map(lambda x: x[None], adapter)
-
-
-def _take(rows: Arrays, positions: np.ndarray) -> Arrays:
-    return {name: x[positions] for name, x in rows.items()}
-
-
-def _digest(model: str, recipe: TrainingRecipe, rows: Arrays, weights: np.ndarray, start: Mapping[str, Any]) -> str:
-    sha = hashlib.sha256(f"{model} {recipe}".encode())
-    for part in (*(rows[name] for name in sorted(rows)), weights, *(start[name] for name in sorted(start))):
-        sha.update(np.ascontiguousarray(part).tobytes())
-    return sha.hexdigest()[:32]

@@ -13,8 +13,9 @@ from pixel_jax.files import FileError
 from unlearn_jax.recommendation.corruption import EDITS, corrupt
 from unlearn_jax.recommendation.forms import FORMS
 from unlearn_jax.recommendation.forms.tallrec import area_error
-from unlearn_jax.recommendation.ratings import Rated, Ratings, Row, as_said, draw_rows, located, split_users
+from unlearn_jax.recommendation.ratings import Rated, Ratings, Row, as_said, draw_rows, split_users
 from unlearn_jax.recommendation.readers import READERS
+from unlearn_jax.studies.installed import located
 
 DRAW = {"history": 4, "candidates": 5}
 TITLES = {"1": "Heat", "2": "The Usual Suspects", "3": "Fargo", "4": "Alien", "5": "Antz"}

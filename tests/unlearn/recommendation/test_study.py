@@ -11,16 +11,19 @@ from small_study import FEW, make_config, model, tokenizer
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError
-from unlearn_jax.recommendation import cells, edit
-from unlearn_jax.recommendation.cells import Cell, best_rate, cells_of, read_cell, run_cells
-from unlearn_jax.recommendation.methods import METHODS
-from unlearn_jax.recommendation.page import write_page
-from unlearn_jax.recommendation.study import Study, alone
-from unlearn_jax.recommendation.table import REPORTED, rows_of, text
+from unlearn_jax.recommendation import edit
+from unlearn_jax.recommendation.report import REPORT, REPORTED
+from unlearn_jax.recommendation.study import RecommendationStudy
+from unlearn_jax.studies import cells
+from unlearn_jax.studies.cells import Cell, best_rate, cells_of, read_cell, run_cells
+from unlearn_jax.studies.methods import METHODS
+from unlearn_jax.studies.page import write_page
+from unlearn_jax.studies.study import alone
+from unlearn_jax.studies.table import rows_of, text
 
 
 def make_study(config):
-    return Study.of(config, model(), tokenizer())
+    return RecommendationStudy.of(config, model(), tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -148,20 +151,20 @@ def test_the_table_shows_means_and_intervals(run):
     second = json.loads(json.dumps([{**cell, "seed": 1} for cell in done]))
     for cell in second:
         cell["row"]["auc"] += 0.1
-    (corrupted,) = [x for x in rows_of([*done, *second]) if x.method == "corrupted"]
+    (corrupted,) = [x for x in rows_of([*done, *second], REPORT.columns) if x.method == "corrupted"]
     assert corrupted.seeds == [0, 1] and corrupted.values["auc"]["n"] == 2
     assert corrupted.values["auc"]["mean"] == pytest.approx(row(config, "corrupted")["auc"] + 0.05)
-    said = text(rows_of([*done, *second]))
+    said = text(rows_of([*done, *second], REPORT.columns), REPORT.columns)
     assert "**remove, 20% of the examples**" in said and said.count("| erase | 2 |") == 1 and "±" in said
     diverged = [{**done[-1], "row": {"rate": 1.0, "diverged": True}}]
-    assert "| diverged |" in text(rows_of([*done[:1], *diverged]))
+    assert "| diverged |" in text(rows_of([*done[:1], *diverged], REPORT.columns), REPORT.columns)
     assert REPORTED[2].error == pytest.approx(0.052, abs=1e-3)  # the difference of the methods is one of 92 users
 
 
 def test_the_page_has_what_is_there_and_says_what_is_not(run, tmp_path):
     config, _ = run
     config = dataclasses.replace(config, seeds=(0, 7))
-    write_page({"tiny": config}, tmp_path / "page")
+    write_page({"tiny": config}, tmp_path / "page", REPORT)
     page = (tmp_path / "page.md").read_text()
     assert f"{len(FEW)} of {2 * len(FEW)} cells are done" in page and "| erase | 1 |" in page
     assert "- remove, 20%, seeds 7: corrupted; retrain, cold; erase" in page

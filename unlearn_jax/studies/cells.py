@@ -13,9 +13,9 @@ from pixel_jax.state_files import write_json
 from pixel_jax.terminal import say
 from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.config import SHORT
-from unlearn_jax.recommendation.config import RecommendationConfig
-from unlearn_jax.recommendation.methods import METHODS, Allowance
-from unlearn_jax.recommendation.study import Study
+from unlearn_jax.studies.config import StudyConfig
+from unlearn_jax.studies.methods import METHODS, Allowance
+from unlearn_jax.studies.study import Case, Study
 
 
 class Cell(NamedTuple):
@@ -35,7 +35,7 @@ class Cell(NamedTuple):
         return f"{self.edit}-{self.share:g}-{self.seed}-{method}{rate}.json"
 
 
-def cells_of(config: RecommendationConfig) -> list[Cell]:
+def cells_of(config: StudyConfig) -> list[Cell]:
     """All cells, in the order in which they are computed: those of a seed together, the tuning seed first.
 
     Raises:
@@ -55,7 +55,7 @@ def cells_of(config: RecommendationConfig) -> list[Cell]:
     return cells
 
 
-def read_cell(config: RecommendationConfig, cell: Cell) -> dict[str, Any] | None:
+def read_cell(config: StudyConfig, cell: Cell) -> dict[str, Any] | None:
     """Reads a finished cell; None if it is not finished.
 
     Raises:
@@ -79,7 +79,8 @@ def run_cells(study: Study, wanted: Sequence[Cell]) -> None:
     say(f"{len(wanted) - len(missing)} of {len(wanted)} cells are done")
     pathlib.Path(config.cells).mkdir(parents=True, exist_ok=True)
     costs = [_estimate(study, cell) for cell in missing]
-    progress, done, case = ProgressLine("cells", max(1, int(sum(costs)))), 0.0, None
+    progress, done = ProgressLine("cells", max(1, int(sum(costs)))), 0.0
+    case: Case | None = None
     for number, (cell, cost) in enumerate(zip(missing, costs, strict=True)):
         if case is None or (case.edit, case.share, case.seed) != cell[:3]:
             case = study.case(*cell[:3])
@@ -87,20 +88,20 @@ def run_cells(study: Study, wanted: Sequence[Cell]) -> None:
         values = {**cell._asdict(), "row": row, "setting": config.identity()}
         write_json(pathlib.Path(config.cells) / cell.file, values)
         done += cost
-        shown = {name: row[name] for name in (study.form.metrics[0], "kl_forget", "kl_kept") if name in row}
+        shown = {name: row[name] for name in (study.metrics[0], "kl_forget", "kl_kept") if name in row}
         progress.update(int(done), shown, f"{number + 1} of {len(missing)}: {cell.file.removesuffix('.json')}")
 
 
 def _estimate(study: Study, cell: Cell) -> float:
     """Estimates the example-gradients of a cell; an example that is scored counts a third."""
-    config, count = study.config, study.config.data.examples
+    config, count = study.config, study.examples
     spent = {"nothing": 0, "training": config.training.epochs, "edit": min(config.erasure.budget, SHORT)}
-    tested = 0 if cell.rate is not None else len(study.tested)
+    tested = 0 if cell.rate is not None else study.tests
     twice = 2 if cell.method == "SISA" else 1
     return twice * spent[METHODS[cell.method].cost] * count + (tested + 2 * config.rows) / 3
 
 
-def _compute(study: Study, case: Any, cell: Cell) -> dict[str, Any]:
+def _compute(study: Study, case: Case, cell: Cell) -> dict[str, Any]:
     method = METHODS[cell.method]
     allowance = Allowance(0.0, 0.0)
     rate = cell.rate
@@ -123,7 +124,7 @@ def _compute(study: Study, case: Any, cell: Cell) -> dict[str, Any]:
     return row if cell.rate is not None else {**row, **study.scores(attempt.adapters)}
 
 
-def best_rate(config: RecommendationConfig, edit: str, method: str) -> float:
+def best_rate(config: StudyConfig, edit: str, method: str) -> float:
     """The learning rate with which a method comes nearest to the retrain on the tuning seed (least sum of both divergences).
 
     Raises:

@@ -17,7 +17,7 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import apply
 from unlearn_jax.erase import erase
 from unlearn_jax.objective import dataset_objective
-from unlearn_jax.recommendation.study import Case, alone
+from unlearn_jax.studies.study import Case, alone
 
 SHARDS = 4  # of SISA, as in LLMEraser's comparison
 Cost = Literal["nothing", "training", "edit"]
@@ -72,7 +72,7 @@ def _erase(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, A
     erasure = dataclasses.replace(config.erasure, training_epochs=float(config.training.epochs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # limits, which are fields of the cell
-        erasure_result = erase(case.study.recommender.loss, case.trained, case.dataset, case.edits, erasure)
+        erasure_result = erase(case.study.loss, case.trained, case.dataset, case.edits, erasure)
     report = erasure_result.report
     summary = {
         "verdict": report.verdict,
@@ -83,7 +83,7 @@ def _erase(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, A
 
 
 def _lbfgs(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, Any]]:
-    loss, erasure = case.study.recommender.loss, case.study.config.erasure
+    loss, erasure = case.study.loss, case.study.config.erasure
     after = apply(Dataset.of(case.dataset), case.edits, loss)
     objective = dataset_objective(
         loss, case.trained, after, weight_decay=erasure.weight_decay, micro_batch=erasure.micro_batch
@@ -102,7 +102,7 @@ def _training(case: Case, allowance: Allowance) -> Training:
 
 def _descent(method: Callable[..., Trained]) -> Callable[[Case, Allowance], tuple[Params, float, dict[str, Any]]]:
     def make(case, allowance):
-        loss, training = case.study.recommender.loss, _training(case, allowance)
+        loss, training = case.study.loss, _training(case, allowance)
         trained = method(loss, case.trained, case.dataset, case.edits, training)
         return alone(trained.adapter), trained.gradients, {}
 
@@ -110,7 +110,7 @@ def _descent(method: Callable[..., Trained]) -> Callable[[Case, Allowance], tupl
 
 
 def _sisa(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, Any]]:
-    loss, start = case.study.recommender.loss, case.study.recommender.fresh(case.seed)
+    loss, start = case.study.loss, case.study.fresh(case.seed)
     sisa = Sisa.train(loss, start, case.dataset, _training(case, allowance), shards=SHARDS).edit(case.edits)
     return sisa.stacked(), sisa.gradients, {"shards": len(sisa.retrained)}
 

@@ -1,17 +1,13 @@
 """The table of a study: means over seeds with their intervals, and the paper's numbers with their standard errors."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pixel_jax.evaluation.stats import over_seeds
 
-COLUMNS = {
-    "auc": "AUC",
-    "auc_tallrec": "AUC as TALLRec",
-    "hit_ratio": "hit ratio of valid",
-    "hit_ratio_of_all": "hit ratio of all",
-    "valid_ratio": "valid ratio",
+# Of all studies; each has scores of its own before them.
+FORGETTING = {
     "kl_forget": "KL forgotten",
     "kl_kept": "KL kept",
     "kl_right": "KL corrected",
@@ -20,6 +16,7 @@ COLUMNS = {
     "auc_member": "membership AUC",
     "epochs": "epochs of gradients",
 }
+Columns = Mapping[str, str]  # name of a number in a cell -> heading
 
 
 class TableRow(NamedTuple):
@@ -50,19 +47,8 @@ class Reported(NamedTuple):
         return None if self.valid is None else math.sqrt(self.value * (1 - self.value) / self.valid)
 
 
-REPORTED = (
-    Reported("instances removed, BookCrossing", "AUC", "retrain", 0.6357, None, None),
-    Reported("instances removed, BookCrossing", "AUC", "LLMEraser", 0.6319, None, None),
-    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "retrain", 0.4565, 42, 92),
-    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "LLMEraser", 0.4456, 41, 92),
-    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "SISA", 0.4130, 38, 92),
-    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "RecEraser", 0.2717, 25, 92),
-    Reported("queries, MovieLens, 5 % replacement", "hit ratio of valid", "LLMEraser", 0.4516, 42, 93),
-)
-
-
-def rows_of(cells: Iterable[dict[str, Any]]) -> list[TableRow]:
-    """Summarises finished cells as rows of the table, in the order of the cells."""
+def rows_of(cells: Iterable[dict[str, Any]], columns: Columns) -> list[TableRow]:
+    """Summarises finished cells as rows of the table, in the order of the cells; `columns` are the numbers to summarise."""
     grouped: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for cell in cells:
         if cell["rate"] is None:
@@ -71,9 +57,9 @@ def rows_of(cells: Iterable[dict[str, Any]]) -> list[TableRow]:
     for (edit, share, method), cells_of_row in grouped.items():
         rows = [cell["row"] for cell in cells_of_row if not cell["row"].get("diverged")]
         column = lambda name, rows=rows: [row[name] for row in rows if row.get(name) is not None]
-        values = {name: over_seeds(column(name)) for name in COLUMNS if column(name)}
+        values = {name: over_seeds(column(name)) for name in columns if column(name)}
         mean = lambda x: sum(x) / len(x)
-        errors = {name: mean(column(f"{name}_error")) for name in COLUMNS if column(f"{name}_error")}
+        errors = {name: mean(column(f"{name}_error")) for name in columns if column(f"{name}_error")}
         seeds = sorted(cell["seed"] for cell in cells_of_row)
         table_rows.append(TableRow(edit, share, method, seeds, len(cells_of_row) - len(rows), values, errors))
     return table_rows
@@ -89,14 +75,14 @@ def shown(row: TableRow, column: str) -> str:
     return f"{statistics['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
-def text(rows: Sequence[TableRow]) -> str:
+def text(rows: Sequence[TableRow], columns: Columns) -> str:
     """Formats the table as Markdown, a part for each edit and share."""
     lines: list[str] = []
     for part in dict.fromkeys((row.edit, row.share) for row in rows):
         rows_of_part = [row for row in rows if (row.edit, row.share) == part]
-        names = [name for name in COLUMNS if any(name in row.values for row in rows_of_part)]
+        names = [name for name in columns if any(name in row.values for row in rows_of_part)]
         lines += ["", f"**{part[0].replace('_', ' ')}, {part[1]:.0%} of the examples**", ""]
-        lines += ["| | seeds | " + " | ".join(COLUMNS[name] for name in names) + " |"]
+        lines += ["| | seeds | " + " | ".join(columns[name] for name in names) + " |"]
         lines += ["|---" * (len(names) + 2) + "|"]
         for row in rows_of_part:
             cells = [shown(row, name) for name in names]
