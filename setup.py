@@ -9,6 +9,12 @@ TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second
 SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve
 GGUF = ["gguf>=0.19"]  # files of llama.cpp
 PLOTS = ["matplotlib>=3.10"]  # figures of `python -m unlearn_jax.recommendation`
+DOCS = [  # the documentation site and the notebooks
+    "zensical>=0.1.3",
+    "mkdocstrings-python>=2.0.11",
+    "nbclient>=0.11",
+    "ipykernel>=7.4",
+]
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
 
 setup(
@@ -62,7 +68,9 @@ setup(
         "serve": SERVE,
         "plots": PLOTS,
         "metrics": METRICS,
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             *DATA,
             *TFDS,
             *METRICS,

@@ -1,7 +1,7 @@
-"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and five markers.
+"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and six markers.
 
-`slow` runs with `--all` only; `torch` and `libtpu` are deselected where the package of that name is not installed, `cuda` where
-JAX's CUDA plugin is not, and `chromium` where the browser is not.
+`slow` runs with `--all` only; `torch` and `libtpu` are deselected where the package of that name is not installed, `docs` where
+zensical is not, `cuda` where JAX's CUDA plugin is not, and `chromium` where the browser is not.
 """
 
 import gc
@@ -30,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-PACKAGES = {"torch": "torch", "libtpu": "libtpu", "cuda": "jax_cuda12_plugin"}  # marker -> what its tests import
+PACKAGES = {"torch": "torch", "libtpu": "libtpu", "cuda": "jax_cuda12_plugin", "docs": "zensical"}  # marker -> what its tests import
 
 MOST_MAPS = 30_000  # of memory; Linux allows a process 65,530
 

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 INSTALLED = pathlib.Path(pixel_jax.cli.__file__).parents[
     1
 ]  # the packages may be installed, without their sources beside the tests
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = {"pixel-jax": pixel_jax.cli.COMMANDS, "unlearn-jax": unlearn_jax.cli.COMMANDS}
 
 IMPORT = r"from ((?:pixel_jax|unlearn_jax)[\w.]*) import ([\w, ]+)"
