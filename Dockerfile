@@ -17,6 +17,8 @@ COPY setup.py pyproject.toml README.md LICENSE ./
 COPY configs configs
 COPY pixel_jax pixel_jax
 COPY unlearn_jax unlearn_jax
+# What is installed is this folder; setup.py bounds the versions of what it needs.
+# hadolint ignore=DL3013
 RUN python -m pip install --no-cache-dir --disable-pip-version-check ".[${EXTRAS}]" \
     && rm -rf /build
 
@@ -24,7 +26,7 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check ".[${EXTRAS
 RUN useradd --create-home --uid 1000 pixel \
     && mkdir /runs \
     && chown pixel /runs
-USER pixel
+USER 1000
 WORKDIR /runs
 ENV JAX_COMPILATION_CACHE_DIR=/runs/.cache/jax
 VOLUME /runs

