@@ -180,10 +180,7 @@ def comparison(name: str) -> str:
 def attribution(name: str) -> str:
     """Linear datamodelling scores."""
     found = record(name)
-    rows = [
-        (method, f"{x['mean']:.3f}", f"{x['low']:.3f} to {x['high']:.3f}")
-        for method, x in found["scores"].items()
-    ]
+    rows = [(method, f"{x['mean']:.3f}", f"{x['low']:.3f} to {x['high']:.3f}") for method, x in found["scores"].items()]
     return f"{origin(name, [found.get('commit')])}\n\n{lines(('predicted by', 'score', '95 % interval'), rows)}"
 
 
@@ -223,7 +220,9 @@ def results() -> str:
             alternatives = record(name)["cases"].get(case, {}).get("alternatives", {})
             texts.append([f"{x['ratio']:.2f}" for x in list(alternatives.values())[1:]])
         spans = [span(x) for x in zip(*(x for x in texts if x), strict=False)]
-        rows.append((label, f"{' and '.join(spans)} times as fast", "`pixel-jax bench` ([details](docs/performance.md))"))
+        rows.append(
+            (label, f"{' and '.join(spans)} times as fast", "`pixel-jax bench` ([details](docs/performance.md))")
+        )
     return lines(("what", "result", "reproduced by"), rows)
 
 

@@ -30,7 +30,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
-PACKAGES = {"torch": "torch", "libtpu": "libtpu", "cuda": "jax_cuda12_plugin", "docs": "zensical"}  # marker -> what its tests import
+PACKAGES = {
+    "torch": "torch",
+    "libtpu": "libtpu",
+    "cuda": "jax_cuda12_plugin",
+    "docs": "zensical",
+}  # marker -> what its tests import
 
 MOST_MAPS = 30_000  # of memory; Linux allows a process 65,530
 

@@ -16,7 +16,23 @@ from tests.test_docs import ROOT
 TEXT = (ROOT / "Dockerfile").read_text()
 JOINED = re.sub(r"\\\n\s*", " ", TEXT)
 STEPS = [tuple(line.split(None, 1)) for line in JOINED.splitlines() if line and not line.startswith("#")]
-ORDER = ("ARG", "FROM", "ARG", "WORKDIR", "COPY", "COPY", "COPY", "COPY", "RUN", "RUN", "USER", "WORKDIR", "ENV", "VOLUME", "CMD")
+ORDER = (
+    "ARG",
+    "FROM",
+    "ARG",
+    "WORKDIR",
+    "COPY",
+    "COPY",
+    "COPY",
+    "COPY",
+    "RUN",
+    "RUN",
+    "USER",
+    "WORKDIR",
+    "ENV",
+    "VOLUME",
+    "CMD",
+)
 
 
 def given(name: str) -> list[str]:

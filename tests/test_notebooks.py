@@ -38,7 +38,9 @@ def test_a_notebook_runs(path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = nbformat.read(path, as_version=4)
     printed = [streams(cell) for cell in notebook.cells]
-    client = nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": ROOT}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+    )
     client.execute()
     assert [streams(cell) for cell in notebook.cells] == printed
 

@@ -139,13 +139,17 @@ def pages(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         save_pretrained(scripted_model.model(), processor, folder / name)
     base, _ = from_pretrained(folder / "base")
-    save_adapter(add_lora(base, jax.random.key(0), rank=2, alpha=4.0, targets=r".*\.q_proj"), folder / "my-adapter", base="base")
+    save_adapter(
+        add_lora(base, jax.random.key(0), rank=2, alpha=4.0, targets=r".*\.q_proj"), folder / "my-adapter", base="base"
+    )
     Image.fromarray(scripted_model.image(1, 120, 150)).save(folder / "photo.jpg")
     ffmpeg.make(folder / "clip.mp4")
     return Pages(folder)
 
 
-@pytest.mark.parametrize("page", sorted({x.page for x in of("python") if not x.mark.startswith(("runs in ", "not run: "))}))
+@pytest.mark.parametrize(
+    "page", sorted({x.page for x in of("python") if not x.mark.startswith(("runs in ", "not run: "))})
+)
 @pytest.mark.slow
 def test_the_python_of_a_page(page, pages, monkeypatch):
     """With a small model where the page has a large one, and the room that such a one needs."""

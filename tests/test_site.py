@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, every page is in its navigation, and its pages fetch nothing from elsewhere."""
+"""The documentation site builds without a warning, has every page in its navigation, and fetches nothing from elsewhere."""
 
 import html.parser
 import importlib.util
@@ -18,7 +18,15 @@ from tests.test_docs import ROOT
 SETTINGS = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
 DOCS = ROOT / "docs"
 # Elements that a browser loads by itself, and the attribute that says from where.
-LOADED = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
+LOADED = {
+    "img": "src",
+    "script": "src",
+    "link": "href",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+}
 
 
 def entries(nav: list) -> list[tuple[int, str]]:
@@ -68,7 +76,13 @@ class Loads(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.ids |= {given["id"]} if given.get("id") else set()
-        link = tag != "link" or (given.get("rel") or "") in ("stylesheet", "icon", "preload", "modulepreload", "preconnect")
+        link = tag != "link" or (given.get("rel") or "") in (
+            "stylesheet",
+            "icon",
+            "preload",
+            "modulepreload",
+            "preconnect",
+        )
         if tag in LOADED and link and given.get(LOADED[tag]):
             self.loaded.append(given[LOADED[tag]])
 

@@ -28,7 +28,9 @@ def test_marks_come_in_pairs():
     """A misspelt mark would leave a table that nothing fills."""
     for name, page in PAGES.items():
         text = page.read_text()
-        assert text.count("<!-- table: ") == text.count("<!-- end of table -->") == len(tables.MARKED.findall(text)), name
+        assert text.count("<!-- table: ") == text.count("<!-- end of table -->") == len(tables.MARKED.findall(text)), (
+            name
+        )
 
 
 def test_a_figure_that_was_changed_by_hand_is_noticed(tmp_path, monkeypatch, capsys):
@@ -58,7 +60,9 @@ def test_a_table_that_is_none_is_named():
         tables.filled("<!-- table: nonsense -->\n<!-- end of table -->")
 
 
-@pytest.mark.parametrize(("value", "text"), [(13616.4, "13600"), (0.0123456, "0.0123"), (2.5813, "2.58"), (1e6, "1000000")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(13616.4, "13600"), (0.0123456, "0.0123"), (2.5813, "2.58"), (1e6, "1000000")]
+)
 def test_digits(value, text):
     assert tables.digits(value) == text
 
@@ -83,5 +87,7 @@ def test_records_name_the_commit(tmp_path):
     copy.mkdir(parents=True)
     (copy / "provenance.py").write_bytes(pathlib.Path(provenance.__file__).read_bytes())
     code = "import runpy, sys; print(runpy.run_path(sys.argv[1])['commit']())"
-    ran = subprocess.run([sys.executable, "-c", code, copy / "provenance.py"], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, copy / "provenance.py"], capture_output=True, text=True, check=True
+    )
     assert ran.stdout == "None\n"

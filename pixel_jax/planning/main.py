@@ -58,8 +58,8 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     from pixel_jax.planning.machines import machine, slices
     from pixel_jax.planning.programs import RUN
     from pixel_jax.planning.search import Compiled, search
-    from pixel_jax.provenance import commit
     from pixel_jax.planning.weak_scaling import Point, weak_scaling
+    from pixel_jax.provenance import commit
     from pixel_jax.train_config import TrainConfig
 
     if arguments:
