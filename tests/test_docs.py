@@ -28,6 +28,7 @@ OTHER_FLAGS = {
     "all": "tests/conftest.py",
     "part": "tests/conftest.py",
     "dry-run": "launch/gke.sh",
+    "nodes": "launch/slurm.sh",
     "rows": "pixel_jax/bench/host_memory.py",
     "batch": "pixel_jax/bench/host_memory.py",
     "phase": "pixel_jax/bench/host_memory.py",
@@ -149,7 +150,7 @@ def test_the_flags_exist(declared):
     anywhere = set().union(*declared.values()) | set(OTHER_FLAGS)
     for page in PAGES:
         for line in code(page):
-            if line.startswith("pip install"):
+            if line.startswith(("pip install", "docker ", "zensical ")):
                 continue
             call = re.search(r"\b(pixel-jax|unlearn-jax) ([a-z|]+)", line)
             known = anywhere

@@ -1,7 +1,6 @@
 """The documentation site builds without a warning, has every page in its navigation, and fetches nothing from elsewhere."""
 
 import html.parser
-import importlib.util
 import pathlib
 import re
 import shutil
@@ -121,7 +120,7 @@ def test_pages_load_nothing_from_elsewhere(site):
 def test_the_reference_has_every_public_name_with_its_signature(site):
     """And with the words of its docstring."""
     pages = [page for name, page in site.items() if name.startswith("reference-")]
-    text = " ".join(" ".join(page.words) for page in pages)
+    text = " ".join("".join(page.words) for page in pages)
     ids = set().union(*(page.ids for page in pages))
     squeezed = " ".join(text.split())
     for package in (pixel_jax, unlearn_jax):
@@ -134,10 +133,9 @@ def test_the_reference_has_every_public_name_with_its_signature(site):
 
 @pytest.mark.docs
 def test_a_broken_link_ends_the_build(tmp_path):
-    assert importlib.util.find_spec("zensical")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Page\n\n[gone](gone.md)\n")
     (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\n')
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert ran.returncode and "gone.md" in ran.stdout + ran.stderr
+    assert ran.returncode and "page does not exist" in ran.stderr
