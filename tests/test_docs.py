@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 INSTALLED = pathlib.Path(pixel_jax.cli.__file__).parents[
     1
 ]  # the packages may be installed, without their sources beside the tests
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = {"pixel-jax": pixel_jax.cli.COMMANDS, "unlearn-jax": unlearn_jax.cli.COMMANDS}
 
 IMPORT = r"from ((?:pixel_jax|unlearn_jax)[\w.]*) import ([\w, ]+)"
@@ -28,6 +28,7 @@ OTHER_FLAGS = {
     "all": "tests/conftest.py",
     "part": "tests/conftest.py",
     "dry-run": "launch/gke.sh",
+    "nodes": "launch/slurm.sh",
     "rows": "pixel_jax/bench/host_memory.py",
     "batch": "pixel_jax/bench/host_memory.py",
     "phase": "pixel_jax/bench/host_memory.py",
@@ -151,7 +152,7 @@ def test_the_flags_exist(declared):
     anywhere = set().union(*declared.values()) | set(OTHER_FLAGS)
     for page in PAGES:
         for line in code(page):
-            if line.startswith("pip install"):
+            if line.startswith(("pip install", "docker ", "zensical ")):
                 continue
             call = re.search(r"\b(pixel-jax|unlearn-jax) ([a-z|]+)", line)
             known = anywhere

@@ -13,6 +13,7 @@ from pixel_jax.bench.machine import MachineSpeed, measure_machine
 from pixel_jax.bench.memory import peak_memory
 from pixel_jax.bench.timing import Timing, Workload, measure
 from pixel_jax.files import read_json
+from pixel_jax.provenance import commit
 from pixel_jax.state_files import write_json
 from pixel_jax.terminal import print_table, say, table
 
@@ -51,7 +52,8 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
             note(f"memory, in a process of its own: {alternative}")
             peak = peak_memory(module, name, alternative, quick)
             timings[alternative] = dataclasses.replace(timings[alternative], peak_bytes=peak)
-        record["cases"][name] = entry = case_record(work, timings, machine)
+        entry = case_record(work, timings, machine) | {"commit": commit()}
+        record["cases"][name] = entry
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
         print_table(case_table(name, entry, quick))

@@ -64,6 +64,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     from pixel_jax.planning.programs import RUN
     from pixel_jax.planning.search import Compiled, search
     from pixel_jax.planning.weak_scaling import Point, weak_scaling
+    from pixel_jax.provenance import commit
     from pixel_jax.train_config import TrainConfig
 
     if arguments:
@@ -104,7 +105,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
 
     def keep() -> None:
         if FLAGS.json:
-            write_json(FLAGS.json, report.document(plans, best, points))
+            write_json(FLAGS.json, report.document(plans, best, points) | {"commit": commit()})
 
     def note(compiled) -> None:
         console.print(report.line(compiled))
