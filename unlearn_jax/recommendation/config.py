@@ -23,6 +23,7 @@ class RatingsConfig:
     candidates: int = 20  # films to choose from
     length: int = 160  # tokens of a question and its answer; of a longer history the oldest films are left out
     answer: int = 24  # tokens of an answer
+    title: int | None = None  # films whose titles have more tokens are left out; None: no film is
     seed: int = 0  # of the split of users and of the test rows
 
 
@@ -57,7 +58,7 @@ class RecommendationConfig:
     tuning_seed: int = 1000
     tuning_share: float = 0.1  # of the examples, in the trials of learning rates
     batch: int = 16  # examples of a step of a baseline
-    rows: int = 64  # kept rows on which adapters are compared, at most
+    rows: int = 64  # kept rows on which adapters are compared, and test rows for the attack on membership, at most
 
     def __post_init__(self):
         positive(self, "batch", "rows", "tuning_share")

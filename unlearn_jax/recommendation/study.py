@@ -62,9 +62,6 @@ class Study:
             if unknown := [x for x in names if x not in known]:
                 raise ConfigError(f"config.{name} must be of {', '.join(known)}, not {unknown[0]!r}")
         ratings = READERS[data.reader](located(data.path))
-        users, test_users = split_users(ratings, data.test_share, data.seed)
-        draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
-        tested = draw_rows(ratings, test_users, data.test_rows or len(test_users), **draw)
         if model is None:
             from pixel_jax.models.io import from_pretrained
 
@@ -75,6 +72,12 @@ class Study:
         recommender = Recommender.of(
             model, tokenizer, **dataclasses.asdict(config.adapter), key=jax.random.key(data.seed)
         )
+        if data.title is not None:
+            every, ratings = ratings, ratings.with_titles(lambda title: len(recommender.ids(title)) <= data.title)
+            say(f"{len(every.titles) - len(ratings.titles)} of {len(every.titles)} films have longer titles: left out")
+        users, test_users = split_users(ratings, data.test_share, data.seed)
+        draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
+        tested = draw_rows(ratings, test_users, data.test_rows or len(test_users), **draw)
         config.directory.mkdir(parents=True, exist_ok=True)
         return cls(config, ratings, FORMS[config.form], recommender, users, tested)
 
@@ -136,8 +139,8 @@ class Study:
 
     @functools.cached_property
     def unseen(self) -> Arrays:
-        """The test rows as examples."""
-        return examples(self._tests, self.questions.hidden)
+        """The first `config.rows` test rows as examples, with which membership is attacked."""
+        return _take(examples(self._tests, self.questions.hidden), np.arange(min(self.config.rows, len(self.tested))))
 
     def case(self, edit: str, share: float, seed: int) -> "Case":
         """Makes the case of an edit of a share of a seed's rows."""
@@ -274,12 +277,13 @@ class Case:
             sets["right"] = _take(self.after, self.touched)
         loss, metrics = ensemble(self.study.recommender.loss), {}
         nll = {}
-        for name, rows in {**sets, "test": self.study.unseen}.items():
-            statistics = tokens.score(loss, stacked, rows)
+        scored = {"test": tokens.score(loss, stacked, self.study.unseen)}
+        for name, rows in sets.items():
+            scored[name], kl = tokens.compare(loss, stacked, self.reference, rows)
+            metrics[f"kl_{name}"] = float(kl.mean())
+        for name, statistics in scored.items():
             nll[name] = answers.mean_nll(statistics.logprob, statistics.mask)
             metrics[f"loss_{name}"] = float(nll[name].mean())
-        for name, rows in sets.items():
-            metrics[f"kl_{name}"] = float(tokens.kl_to(loss, stacked, self.reference, rows).mean())
         return {**metrics, "auc_member": membership.auc(nll["forget"], nll["test"])}
 
 
