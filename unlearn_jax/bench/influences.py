@@ -111,7 +111,7 @@ def gradients(model: Twin, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.T
     losses = mean_losses(model(batch[0]), batch)
     rows = [torch.autograd.grad(loss, model.adapter(), retain_graph=True) for loss in losses]
     names = [name.removesuffix(".weight") for name, _ in model.named_parameters()]
-    return {name: torch.stack([x.flatten() for x in column]) for name, column in zip(names, zip(*rows), strict=True)}
+    return {name: torch.stack([row[i].flatten() for row in rows]) for i, name in enumerate(names)}
 
 
 def mean_losses(logits: torch.Tensor, batch: tuple[torch.Tensor, ...], sample: bool = False) -> torch.Tensor:
@@ -133,4 +133,4 @@ def _tensors(rows: Mapping[str, np.ndarray]) -> TensorDataset:
     """Tokens, labels, the mask of the loss, and that of the tokens up to the last one with a loss."""
     tokens, labels = (torch.tensor(rows[name], dtype=torch.int64) for name in ("tokens", "labels"))
     mask = torch.tensor(rows["loss_mask"], dtype=torch.float32)
-    return TensorDataset(tokens, labels, mask, (mask.flip(-1).cumsum(-1).flip(-1) > 0).float())
+    return TensorDataset(tokens, labels, mask, (mask.flip(-1).cumsum(-1).flip(-1) > 0).long())

@@ -12,7 +12,7 @@ from typing import Any
 from pixel_jax.files import write_file
 from pixel_jax.state_files import write_json
 from unlearn_jax.recommendation.cells import cells_of, read_cell
-from unlearn_jax.recommendation.config import RecommendationConfig
+from unlearn_jax.recommendation.config import RatingsConfig, RecommendationConfig
 from unlearn_jax.recommendation.methods import METHODS
 from unlearn_jax.recommendation.table import COLUMNS, REPORTED, TableRow, rows_of, text
 
@@ -71,7 +71,7 @@ def _study(name: str, config: RecommendationConfig, rows: Sequence[TableRow], do
         "",
         f"{data.examples} rows of as many users at most, {training.epochs} epochs of AdamW (learning rate "
         f"{training.learning_rate:g}, batches of {training.batch}); a LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}, on "
-        f"the top {adapter.layers} layers. {done} of {all_of_them} cells are done.",
+        f"the top {adapter.layers} layers. {_tested(data)} {done} of {all_of_them} cells are done.",
         "",
         text(rows),
         "",
@@ -83,6 +83,15 @@ def _study(name: str, config: RecommendationConfig, rows: Sequence[TableRow], do
     if missing := list(_missing(config, rows)):
         lines += ["Missing:", "", *(f"- {line}" for line in missing), ""]
     return "\n".join(lines)
+
+
+def _tested(data: RatingsConfig) -> str:
+    """Sentences about the test rows and the films."""
+    rows = "One row" if data.test_rows is None else f"{data.test_rows} rows"
+    whose = "of each test user" if data.test_rows is None else "of the test users"
+    films = "" if data.title is None else f" Films whose titles have more than {data.title} tokens are left out."
+    verb = "is" if data.test_rows is None else "are"
+    return f"{rows} {whose} ({data.test_share:.0%} of the users) {verb} tested.{films}"
 
 
 def _missing(config: RecommendationConfig, rows: Sequence[TableRow]) -> Iterator[str]:
