@@ -85,12 +85,18 @@ def gauss_newton(
 
     Returns:
         (`unlearn_jax.curvature.product`, objective, adapter, vector).
+
+    Raises:
+        UserError: the description of the devices has no memory of a host.
     """
     assert batch.visual is not None
     rows, length = batch.tokens.shape
     learned = min(LEARNED, length)
     spread = NamedSharding(mesh, PartitionSpec(None, ROWS))
     kept = spread.with_memory_kind(HOST) if offload else spread
+    if offload and kept.memory_kind != HOST:
+        kind = mesh.devices.flat[0].device_kind
+        raise UserError(f"--examples: the description of {kind} has no memory of the host, in which they would be kept")
 
     def stacked(dtype, *shape, sharding=kept) -> Any:
         return jax.ShapeDtypeStruct((micro_batches, rows // micro_batches, *shape), dtype, sharding=sharding)

@@ -144,8 +144,8 @@ def narrow_7b():
 
 
 @pytest.mark.slow
-def test_an_edit_of_a_sharded_7b_is_that_of_one_device(batch):
-    """Weights over `fsdp` and `tensor`, a key-value head on each of four devices, examples over `fsdp`."""
+def test_an_edit_of_a_sharded_7b_is_that_of_one_device(x64, batch):
+    """Weights over `fsdp` and `tensor`, a key-value head on each of four devices, examples over `fsdp`; in float64."""
     network = narrow_7b()
     assert (network.text.num_attention_heads, network.text.num_key_value_heads) == (28, 4)
     plain = LanguageModel(network, jax.random.key(0))
@@ -154,19 +154,20 @@ def test_an_edit_of_a_sharded_7b_is_that_of_one_device(batch):
     adapter, rest = split(plain, LoRAWeight)
     rng = np.random.default_rng(0)
     adapter = {name: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype) for name, x in adapter.items()}
-    plain = combine(adapter, rest)
+    plain = wide(combine(adapter, rest))
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
     spread = jax.device_put(plain, shardings(plain, mesh))
     key = spread.language_model.layers.self_attn.k_proj.weight
     assert {x.data.size for x in key.addressable_shards} == {key.size // 8} and not undivided(plain, dict(mesh.shape))
     dataset, found = Dataset.of(examples(batch)), []
-    config = {"weight_decay": 1e-2, "newton_steps": 1, "damping": 1.0, "micro_batch": 8, "solver": {"rtol": 1e-5}}
+    config = {"weight_decay": 1e-2, "newton_steps": 1, "damping": 1.0, "micro_batch": 8}
+    config["solver"] = {"rtol": 1e-5, "max_steps": 8}
     for model, places in ((plain, None), (spread, mesh)):
         loss, at = adapter_loss(model, remat=False, implementation="dense")
         found.append(erase(loss, at, dataset, edits(dataset), config, mesh=places))
     one, eight = found
     assert one.report.edited == 3 and one.report.actual < 0 and one.report.delta_norm > 1e-3
-    assert toys.relative_error(eight.delta, one.delta) < 1e-4
+    assert toys.relative_error(eight.delta, one.delta) < 1e-7
     assert len(jax.tree.leaves(eight.adapter)[0].sharding.device_set) == 8
 
 
