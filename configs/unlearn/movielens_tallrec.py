@@ -5,7 +5,9 @@
     unlearn-jax erase --config=unlearn/movielens_tallrec
     unlearn-jax eval --config=unlearn/movielens_tallrec     # all that is missing, and the table
 
-Each result is a file in `config.cells`, and is not computed again. Adapters are in `config.out`."""
+Each result is a file in `config.cells`, and is not computed again. Adapters are in `config.out`.
+The whole table takes about half an hour on two idle cores: a tenth of the users are tested (94, about
+as many as in LLMEraser's test set), films with titles of more than 9 tokens are left out, and the training is short."""
 
 from ml_collections import ConfigDict
 
@@ -20,17 +22,19 @@ def get_config() -> ConfigDict:
         "reader": "recbole",
         "path": "package:recbole/dataset_example/ml-100k",
         "examples": 128,
-        "test_share": 0.2,
-        "history": 8,
-        "length": 160,
+        "test_share": 0.1,
+        "history": 5,
+        "length": 136,
         "answer": 2,
+        "title": 9,
     }
     config.form = "tallrec"
     config.adapter = {"layers": 2, "rank": 8, "alpha": 16.0, "targets": r".*\.(q_proj|v_proj)"}
-    config.training = {"epochs": 6, "batch": 16, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
+    config.training = {"epochs": 4, "batch": 8, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
     config.erasure = {"weight_decay": 0.0, "micro_batch": 16, "epochs": 4.0}
     config.edits = ("remove",)
     config.shares = (0.05, 0.1)
     config.seeds = (0, 1, 2)
-    config.learning_rates = (1e-5, 1e-4, 1e-3)
+    config.learning_rates = (1e-4, 1e-3)
+    config.rows = 32
     return config

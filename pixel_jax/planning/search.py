@@ -18,10 +18,11 @@ from pixel_jax.parallel.mesh import AXES, make_mesh
 from pixel_jax.parallel.sharding import row_shards, undivided
 from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import Machine
-from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, resident
+from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, bytes_per_device, resident
 from pixel_jax.rollouts.layers import row_cache_bytes
 
 TENSOR = (1, 2, 4, 8)
+HOST = "pinned_host"  # the kind of memory of the host that a device reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,14 +323,25 @@ def compile_to_text(program: Program) -> tuple[float, str]:
         texts = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         if not texts:
             raise RuntimeError(f"the compiler wrote no program to {folder}")
-        return peak_bytes(compiled), texts[-1].read_text()
+        arguments = [
+            x for x in jax.tree.leaves(program.arguments) if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
+        ]
+        on_host = [x for x in arguments if x.sharding.memory_kind == HOST]
+        return peak_bytes(compiled, bytes_per_device(on_host)), texts[-1].read_text()
 
 
-def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes of a device's memory, as the compiler planned it: arguments, results, temporaries and the program."""
+def peak_bytes(compiled: jax.stages.Compiled, on_host: int = 0) -> int:
+    """Bytes of a device's memory, as the compiler planned it: arguments, results, temporaries and the program.
+
+    Args:
+        compiled: the program.
+        on_host: bytes of its arguments that are in the memory of the host, for each device.
+    """
     memory = compiled.memory_analysis()
     assert memory is not None  # TPUs, GPUs and CPUs have one
-    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    # A compiler that does not know the two memories apart counts all arguments as the device's.
+    counted = 0 if memory.host_argument_size_in_bytes else on_host
+    arrays = memory.argument_size_in_bytes - counted + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return arrays + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 

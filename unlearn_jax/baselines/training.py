@@ -5,6 +5,7 @@ reference model, is a third of one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,17 +99,11 @@ def descend(terms: Sequence[LossTerm], start: Params, training: Training, *, pro
         for number, (term, size) in enumerate(zip(terms, sizes, strict=True))
     ]
     scales = jnp.array([term.scale for term in terms])
-
-    @jax.jit
-    def update(params, state, gradient):
-        updates, state = training.optimizer.update(gradient, state, params)
-        return tree.cast_like(tree.add(params, updates), params), state
-
     params, state, values = start, training.optimizer.init(start), []
     for _ in range(steps):
         objectives = [t.objective(next(s), training.micro_batch) for t, s in zip(terms, streams, strict=True)]
         value, gradient = _combined(objectives, scales, proximal, start, params)
-        params, state = update(params, state, gradient)
+        params, state = _updated(training.optimizer, params, state, gradient)
         values.append(value)
     values = np.array([float(value) for value in values])
     broken = np.flatnonzero(~np.isfinite(values))
@@ -116,6 +111,13 @@ def descend(terms: Sequence[LossTerm], start: Params, training: Training, *, pro
         step = broken[0] if broken.size else steps
         raise FloatingPointError(f"not finite after {step} of {steps} steps: the learning rate is too large")
     return Trained(params, steps * cost, values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _updated(optimizer: Any, params: Params, state: Any, gradient: Params) -> tuple[Params, Any]:
+    """A step of an optimizer, which is compiled once for each optimizer (a value) and shape."""
+    updates, state = optimizer.update(gradient, state, params)
+    return tree.cast_like(tree.add(params, updates), params), state
 
 
 @jax.jit

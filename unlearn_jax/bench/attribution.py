@@ -8,11 +8,13 @@ over subsets and test examples.
 The model is the small transformer of `unlearn_jax.people`, a LoRA adapter trained by AdamW and stopped early; test examples are
 the learned facts in other words. Three more predictions are scored: an edit whose step is solved without a budget of epochs; the
 gradient of the loss at a test example times the sum of those of the removed ones, without curvature (TracIn's last checkpoint,
-with its sign); and one retraining, compared with those in the other orders.
+with its sign); and one retraining, compared with those in the other orders. Where kronfluence or bergson are installed, their
+influence scores on the same model are scored on the same subsets, too.
 """
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import pathlib
 import tempfile
@@ -46,6 +48,8 @@ METHODS = ("erase", "erase, solved", "gradient")
 # One Newton step, solved to a relative residual of .01 without a budget.
 SOLVED = {"newton_steps": 1, "damping_fraction": 1e-3, "solver": cg(rtol=0.01, max_steps=100)}
 ONE = "one retrain"  # the prediction by one retraining, compared with the others
+LIBRARIES = ("kronfluence", "bergson")  # functions of `unlearn_jax.bench.influences` by the package that they need
+TRUTH = ("retrain", "before")  # what the losses of predictions are compared with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +145,19 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
         predicted = before + np.asarray(test_slopes @ slopes[removed].sum(axis=0))
         return np.round(predicted.astype(float), DIGITS).tolist()
 
+    def by_scores(influence: Callable[[], np.ndarray], removed: np.ndarray) -> list[float]:
+        """Predicts the losses by the scores [tests, examples] of a library, which add up."""
+        predicted = before + influence()[:, removed].sum(axis=1) / len(items)
+        return np.round(predicted.astype(float), DIGITS).tolist()
+
     predictions: dict[str, Callable[[np.ndarray], list]] = {
         "retrain": retrained,
         "erase": edited,
         "erase, solved": functools.partial(edited, **SOLVED),
         "gradient": along_the_gradient,
     }
+    for name, influence in influences(task, trained, examples, tests).items():
+        predictions[name] = functools.partial(by_scores, influence)
     computed: dict[str, list] = result["losses"]
     for number in range(setting.subsets):
         begun, removed = time.perf_counter(), subset(setting, len(items), number)
@@ -161,6 +172,24 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
     say("\n".join(f"{name}: {x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for name, x in result["scores"].items()))
 
 
+def influences(task: PeopleTask, adapter: Params, examples: Any, tests: Any) -> dict[str, Callable[[], np.ndarray]]:
+    """The scores [tests, examples] by the libraries that are installed, each computed when it is first called.
+
+    Others are named.
+    """
+    found: dict[str, Callable[[], np.ndarray]] = {}
+    for package in LIBRARIES:
+        if importlib.util.find_spec(package) is None or importlib.util.find_spec("torch") is None:
+            say(f"{package} is not installed, or torch is not: left out")
+            continue
+        from unlearn_jax.bench import influences as libraries
+
+        twin = libraries.Facts(task.model.base, adapter, task.config.network.heads, examples, tests)
+        for name, score in getattr(twin, package)().items():
+            found[f"{package}, {name}"] = functools.cache(score)
+    return found
+
+
 def subset(setting: AttributionSetting, count: int, number: int) -> np.ndarray:
     """Positions of the examples that subset `number` removes, int [k]."""
     size = max(1, round(setting.removed * count))
@@ -171,14 +200,15 @@ def scores(losses: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, floa
     """Computes the linear datamodelling score of each method, with a 95 % bootstrap interval; it needs three subsets.
 
     Args:
-        losses: {method: [subsets, tests], "retrain": [subsets, orders, tests]}.
+        losses: {method: [subsets, tests], "retrain": [subsets, orders, tests]}; a method that lacks subsets has no score.
         seed: of the resamples.
     """
     retrained = np.asarray(losses["retrain"], float)
     if len(retrained) < 3:
         return {}
     mean = retrained.mean(axis=1)
-    pairs = {name: (np.asarray(losses[name], float), mean) for name in METHODS}
+    complete = [name for name, x in losses.items() if name not in TRUTH and len(x) == len(mean)]
+    pairs = {name: (np.asarray(losses[name], float), mean) for name in complete}
     if retrained.shape[1] > 1:
         pairs[ONE] = retrained[:, 0], retrained[:, 1:].mean(axis=1)
     return {name: _score(*pair, seed) for name, pair in pairs.items()}

@@ -83,6 +83,14 @@ def kl_to(
     return _over(_divergence, loss, examples, micro_batch, None, params, other)
 
 
+def compare(
+    loss: LossFunction, params: Params, other: Params, examples: Example, *, micro_batch: int | None = 8
+) -> tuple[TokenStatistics, HostArray]:
+    """`score` of `params` and its `kl_to` `other`, with one forward pass of each."""
+    statistics, kl = _over(_comparison, loss, examples, micro_batch, None, params, other)
+    return TokenStatistics(*statistics), kl
+
+
 def _over(
     function: Callable[..., Any],
     loss: LossFunction,
@@ -111,12 +119,26 @@ def _statistics(objective: Objective, params: Params) -> TokenStatistics:
 @jax.jit
 def _divergence(objective: Objective, params: Params, other: Params) -> Array:
     def one(loss, example):
-        logits = loss.z(params, example)
-        mask = _mask(loss, example, logits)
-        kl = jnp.where(mask != 0, token_kl(logits, loss.z(other, example)), 0.0)
-        return jnp.sum(kl * mask) / jnp.sum(mask)
+        return _mean_kl(loss, other, example, loss.z(params, example))
 
     return objective.whole(objective.each(lambda part: jax.vmap(lambda e: one(part.loss, e))(part.examples)))
+
+
+@jax.jit
+def _comparison(objective: Objective, params: Params, other: Params) -> tuple[TokenStatistics, Array]:
+    def one(loss, example):
+        logits = loss.z(params, example)
+        statistics = token_statistics(logits, example[loss.criterion.labels], _mask(loss, example, logits))
+        return statistics, _mean_kl(loss, other, example, logits)
+
+    found = objective.each(lambda part: jax.vmap(lambda e: one(part.loss, e))(part.examples))
+    return jax.tree.map(objective.whole, found)
+
+
+def _mean_kl(loss: Loss, other: Params, example: Example, logits: Array) -> Array:
+    mask = _mask(loss, example, logits)
+    kl = jnp.where(mask != 0, token_kl(logits, loss.z(other, example)), 0.0)
+    return jnp.sum(kl * mask) / jnp.sum(mask)
 
 
 def _mask(loss: Loss, example: Example, logits: Array) -> Array:

@@ -21,6 +21,7 @@ class RatingsConfig:
     candidates: int = 20  # films to choose from
     length: int = 160  # tokens of a question and its answer; of a longer history the oldest films are left out
     answer: int = 24  # tokens of an answer
+    title: int | None = None  # films whose titles have more tokens are left out; None: no film is
     seed: int = 0  # of the split of users and of the test rows
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,21 @@ from unlearn_jax.recommendation.recommender import (
     Recommender,
     above,
     angles_of,
-    blocks,
     finish,
     queries,
 )
+
+BLOCK = 32  # questions that are answered at a time: weights are read once for all of them
+WIDTH = 48  # tokens, of whose multiples blocks are wide, so that few shapes are compiled
+
+
+class QuestionBlock(NamedTuple):
+    """Some questions of similar lengths, filled up to `BLOCK` rows by the first of them."""
+
+    positions: np.ndarray  # int [m], of the questions; the rows after them are filling
+    tokens: np.ndarray  # int32 [BLOCK, T]
+    lengths: np.ndarray  # int32 [BLOCK]
+    hidden: np.ndarray  # float32 [BLOCK, T, D]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,29 +44,43 @@ class ReadQuestions:
     hidden: np.ndarray  # float32 [n, T, D]
 
     @functools.cached_property
+    def blocks(self) -> list[QuestionBlock]:
+        """The questions ordered by length; a block is as wide as its longest question, rounded up to `WIDTH`."""
+        order, made = np.argsort(self.lengths, kind="stable"), []
+        for at in range(0, len(order), BLOCK):
+            positions = order[at : at + BLOCK]
+            rows = np.resize(positions, BLOCK)
+            width = min(self.tokens.shape[1], -(-int(self.lengths[positions].max()) // WIDTH) * WIDTH)
+            made.append(
+                QuestionBlock(positions, self.tokens[rows, :width], self.lengths[rows], self.hidden[rows, :width])
+            )
+        return made
+
+    @functools.cached_property
     def kept(self) -> list[KeysAndValues]:
         """Keys and values of the lower layers for each block, float16 [layers, BLOCK, T, kv_heads, head_dim]."""
-        return [self.recommender.keys_and_values(block) for block, _ in blocks(self.tokens)]
+        return [self.recommender.keys_and_values(block.tokens) for block in self.blocks]
 
     def first_logits(self, adapters: Params) -> np.ndarray:
         """Logits of the answers' first tokens, [n, vocabulary], by the mean of the adapters' probabilities."""
-        logits = [
-            np.asarray(_first(self.recommender.upper, adapters, hidden, lengths - 1)[0])[:real]
-            for (hidden, real), (lengths, _) in zip(blocks(self.hidden), blocks(self.lengths), strict=True)
-        ]
-        return np.concatenate(logits)
+        logits: list[Any] = [None] * len(self.lengths)
+        for block in self.blocks:
+            found, _ = _first(self.recommender.upper, adapters, block.hidden, block.lengths - 1)
+            for row, position in enumerate(block.positions):
+                logits[position] = np.asarray(found[row])
+        return np.stack(logits)
 
     def answers(self, adapters: Params, most: int, stop: Sequence[int]) -> list[str]:
         """Generates greedy answers of at most `most` tokens, each up to the first token of `stop`."""
         lower, upper = self.recommender.lower, self.recommender.upper
-        rows, ends = [], jnp.array(stop, jnp.int32)
-        for (hidden, real), (lengths, _), kept in zip(
-            blocks(self.hidden), blocks(self.lengths), self.kept, strict=True
-        ):
-            logits, upper_kept = _first(upper, adapters, hidden, lengths - 1)
-            tokens = _continue(lower, upper, adapters, lengths, kept, upper_kept, logits, ends, most)
-            rows += np.asarray(tokens)[:real].tolist()
-        return [self.recommender.tokenizer.decode(_until(row, stop)) for row in rows]
+        answers, ends = [""] * len(self.lengths), jnp.array(stop, jnp.int32)
+        for block, kept in zip(self.blocks, self.kept, strict=True):
+            logits, over = _first(upper, adapters, block.hidden, block.lengths - 1)
+            tokens = _continue(lower, upper, adapters, block.lengths, kept, over, logits, ends, most)
+            tokens = np.asarray(tokens).tolist()
+            for row, position in enumerate(block.positions):
+                answers[position] = self.recommender.tokenizer.decode(_until(tokens[row], stop))
+        return answers
 
 
 def _until(row: list[int], stop: Sequence[int]) -> list[int]:

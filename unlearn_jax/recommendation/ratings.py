@@ -1,6 +1,6 @@
 """Ratings of films by users, and rows drawn from them: some consecutive films of a user, and the next one as the target."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,13 @@ class Ratings(NamedTuple):
 
     titles: dict[str, str]  # {item: title}
     users: dict[str, tuple[Rated, ...]]  # {user: the films that the user has rated, in order of time}
+
+    def with_titles(self, wanted: Callable[[str], bool]) -> "Ratings":
+        """Leaves out the films whose titles are not wanted, and their ratings."""
+        titles = {item: title for item, title in self.titles.items() if wanted(title)}
+        return Ratings(
+            titles, {user: tuple(x for x in rated if x.item in titles) for user, rated in self.users.items()}
+        )
 
 
 class Row(NamedTuple):

@@ -1,6 +1,6 @@
 """What the page of recommendation studies says: `python -m unlearn_jax.recommendation`."""
 
-from unlearn_jax.recommendation.config import RecommendationConfig
+from unlearn_jax.recommendation.config import RatingsConfig, RecommendationConfig
 from unlearn_jax.studies.page import INTERVALS_EXPLAINED, METHODS_EXPLAINED, Report
 from unlearn_jax.studies.table import FORGETTING, Reported
 
@@ -43,8 +43,17 @@ def arrangement(config: RecommendationConfig) -> str:
     return (
         f"{data.examples} rows of as many users at most, {training.epochs} epochs of AdamW (learning rate "
         f"{training.learning_rate:g}, batches of {training.batch}); a LoRA of rank {adapter.rank}, alpha {adapter.alpha:g}, on "
-        f"the top {adapter.layers} layers."
+        f"the top {adapter.layers} layers. {_tested(data)}"
     )
+
+
+def _tested(data: RatingsConfig) -> str:
+    """Sentences about the test rows and the films."""
+    rows = "One row" if data.test_rows is None else f"{data.test_rows} rows"
+    whose = "of each test user" if data.test_rows is None else "of the test users"
+    films = "" if data.title is None else f" Films whose titles have more than {data.title} tokens are left out."
+    verb = "is" if data.test_rows is None else "are"
+    return f"{rows} {whose} ({data.test_share:.0%} of the users) {verb} tested.{films}"
 
 
 REPORT = Report(

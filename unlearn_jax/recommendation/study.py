@@ -58,9 +58,6 @@ class RecommendationStudy(Study):
             if unknown := [x for x in names if x not in known]:
                 raise ConfigError(f"config.{name} must be of {', '.join(known)}, not {unknown[0]!r}")
         ratings = READERS[data.reader](located(data.path))
-        users, test_users = split_users(ratings, data.test_share, data.seed)
-        draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
-        tested = draw_rows(ratings, test_users, data.test_rows or len(test_users), **draw)
         if model is None:
             from pixel_jax.models.io import from_pretrained
 
@@ -71,6 +68,12 @@ class RecommendationStudy(Study):
         recommender = Recommender.of(
             model, tokenizer, **dataclasses.asdict(config.adapter), key=jax.random.key(data.seed)
         )
+        if data.title is not None:
+            every, ratings = ratings, ratings.with_titles(lambda title: len(recommender.ids(title)) <= data.title)
+            say(f"{len(every.titles) - len(ratings.titles)} of {len(every.titles)} films have longer titles: left out")
+        users, test_users = split_users(ratings, data.test_share, data.seed)
+        draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
+        tested = draw_rows(ratings, test_users, data.test_rows or len(test_users), **draw)
         config.directory.mkdir(parents=True, exist_ok=True)
         return cls(config, ratings, FORMS[config.form], recommender, users, tested)
 
@@ -161,8 +164,9 @@ class RecommendationStudy(Study):
 
     @functools.cached_property
     def unseen(self) -> Arrays:
-        """See `Study.unseen`."""
-        return examples(self._tests, self.questions.hidden)
+        """See `Study.unseen`: the first `config.rows` test rows."""
+        first = Encoded(*(x[: self.config.rows] for x in self._tests))
+        return examples(first, self.questions.hidden[: self.config.rows])
 
     @functools.cache  # noqa: B019, a study lives as long as its process
     def unseen_like(self, edit: str) -> Arrays:
@@ -171,7 +175,7 @@ class RecommendationStudy(Study):
             return self.unseen
         random = np.random.default_rng((self.config.data.seed, 3))
         corruption = Corruption(self.ratings, self.form, self.config.data.history, random)
-        corrupted = [EDITS[edit](corruption, row) for row in self.tested]
+        corrupted = [EDITS[edit](corruption, row) for row in self.tested[: self.config.rows]]
         return self.arrays([row for row in corrupted if row is not None])
 
     def case(self, edit: str, share: float, seed: int) -> Case:

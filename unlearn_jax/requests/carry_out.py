@@ -22,7 +22,11 @@ from pixel_jax.files import read_bytes, read_json, write_file
 from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.state_files import to_json
 from unlearn_jax.arrays import Params
+from unlearn_jax.config import ErasureConfig
+from unlearn_jax.cost import least
 from unlearn_jax.erase import Erasure, erase
+from unlearn_jax.newton import norm
+from unlearn_jax.objective import dataset_objective, on_mesh, widen
 from unlearn_jax.requests.log import (
     ADAPTER,
     LOG,
@@ -232,22 +236,63 @@ def _solve(task: RequestTask, state: State, change: Change, adapter: Params, aft
     """Edits the adapter, or replays the training if the edit is not accepted."""
     if not change.edits:
         return _Result("nothing to do", "earlier requests have done all of it", adapter, None, None, 0.0)
+    config = _affordable(task)
+    if config is None:
+        refused = (
+            f"the limit 'dearer' is not allowed: an edit costs at least {least(task.erasure):.3g} epochs of gradients, the "
+            f"training cost {task.erasure.training_epochs:g}"
+        )
+        gradient, size = _first_gradient(task, change, adapter)
+        _check_gradient(task, state, gradient, size)
+        return _escalated(task, state, after, refused, None, float(len(change.dataset)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has the limits
-        erasure = erase(task.loss, adapter, change.dataset, change.edits, task.erasure, mesh=task.mesh)
-    _check_gradient(task, state, erasure)
-    edit = json.loads(erasure.report.to_json())
-    if erasure.report.verdict == "nothing_to_do":
-        return _Result("nothing to do", erasure.report.reason, adapter, edit, None, erasure.report.example_gradients)
+        erasure = erase(task.loss, adapter, change.dataset, change.edits, config, mesh=task.mesh)
+    report = erasure.report
+    _check_gradient(task, state, report.residual_gradient, report.adapter_norm)
+    edit = json.loads(report.to_json())
+    if report.verdict == "nothing_to_do":
+        return _Result("nothing to do", report.reason, adapter, edit, None, report.example_gradients)
     refused = _refused(task, erasure)
     if refused is None:
-        return _Result("edited", erasure.report.reason, erasure.adapter, edit, None, erasure.report.example_gradients)
+        return _Result("edited", report.reason, erasure.adapter, edit, None, report.example_gradients)
+    return _escalated(task, state, after, refused, edit, report.example_gradients)
+
+
+def _affordable(task: RequestTask) -> ErasureConfig | None:
+    """The settings of an edit that may cost no more than the training; None if every edit does.
+
+    They are the task's own where the limit "dearer" is allowed or the cost of the training is not known.
+    """
+    config = task.erasure
+    if config.training_epochs is None or "dearer" in task.requests.allow or config.budget <= config.training_epochs:
+        return config
+    if least(config) > config.training_epochs:
+        return None
+    return dataclasses.replace(config, epochs=float(config.training_epochs))
+
+
+def _first_gradient(task: RequestTask, change: Change, adapter: Params) -> tuple[float, float]:
+    """The norms of the gradient of the training's objective, and of the adapter."""
+    config = task.erasure
+    objective = dataset_objective(
+        on_mesh(task.loss, task.mesh), adapter, change.dataset, reduction=config.reduction,
+        weight_decay=config.weight_decay, micro_batch=config.micro_batch, mesh=task.mesh,
+    )  # fmt: skip
+    wide = widen(on_mesh(adapter, task.mesh))
+    return float(norm(objective.gradient(wide))), float(norm(wide))
+
+
+def _escalated(
+    task: RequestTask, state: State, after: dict[str, Any], refused: str, edit: dict[str, Any] | None, spent: float
+) -> _Result:
+    """Replays the training; `edit` is the report of an edit that was not accepted, `spent` its cost."""
     say(f"not applied: {refused}. The training is repeated without what was edited so far")
     weights = np.array([float(name in after) for name in state.first])
     replayed = task.retrain({**state.first, **after}, weights)
     replay = {"since": replayed.since, "example_gradients": replayed.gradients}
-    spent = erasure.report.example_gradients + replayed.gradients
-    return _Result("escalated", f"{refused}; retrained from {replayed.since}", replayed.adapter, edit, replay, spent)
+    why = f"{refused}; retrained from {replayed.since}"
+    return _Result("escalated", why, replayed.adapter, edit, replay, spent + replayed.gradients)
 
 
 def _refused(task: RequestTask, found: Erasure) -> str | None:
@@ -258,13 +303,12 @@ def _refused(task: RequestTask, found: Erasure) -> str | None:
     return f"the limit {refused_limits[0].kind!r} is not allowed: {refused_limits[0]}" if refused_limits else None
 
 
-def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
+def _check_gradient(task: RequestTask, state: State, gradient: float, adapter_norm: float) -> None:
     """Raises EditRequestError if the objective's gradient at the trained adapter is far above the one that training left."""
     record = TrainingRecord.read(task.directory)
     if state.entries or record is None:
         return
-    gradient, floor = found.report.residual_gradient, FLOOR * found.report.adapter_norm
-    if gradient > FAR * max(record.gradient_norm, floor):
+    if gradient > FAR * max(record.gradient_norm, FLOOR * adapter_norm):
         raise EditRequestError(
             f"the adapter in {task.directory} was not trained on this data with this base model: the gradient of the "
             f"training's objective is {gradient:.3g} there, training left {record.gradient_norm:.3g}"

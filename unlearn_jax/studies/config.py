@@ -29,7 +29,7 @@ class StudyConfig:
     tuning_seed: int = 1000
     tuning_share: float = 0.1  # of the examples, in the trials of learning rates
     batch: int = 16  # examples of a step of a baseline
-    rows: int = 64  # kept rows on which adapters are compared, at most
+    rows: int = 64  # kept rows on which adapters are compared, and test rows for the attack on membership, at most
 
     def __post_init__(self):
         positive(self, "batch", "rows", "tuning_share")

@@ -1,6 +1,7 @@
 """The methods that are compared, by name: each computes adapters for a case, at a known cost."""
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -92,10 +93,13 @@ def _lbfgs(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, A
     return alone(minimum.adapter), minimum.gradients, {"gradient_norm": norm}
 
 
+_adam = functools.cache(optax.adam)  # one value for each learning rate, so that its step is compiled once
+
+
 def _training(case: Case, allowance: Allowance) -> Training:
     config = case.study.config
     return Training(
-        optax.adam(allowance.rate), allowance.gradients, config.batch, seed=case.seed,
+        _adam(allowance.rate), allowance.gradients, config.batch, seed=case.seed,
         weight_decay=config.erasure.weight_decay,
     )  # fmt: skip
 

@@ -182,13 +182,13 @@ class Case:
         if self.edit != REMOVE:
             sets["right"] = _take(self.after, self.touched)
         loss, metrics = ensemble(self.study.loss), {}
-        nll = {}
-        for name, rows in {**sets, "test": self.study.unseen, "strange": self.study.unseen_like(self.edit)}.items():
-            statistics = tokens.score(loss, stacked, rows)
-            nll[name] = answers.mean_nll(statistics.logprob, statistics.mask)
-        metrics = {f"loss_{name}": float(nll[name].mean()) for name in (*sets, "test")}
+        unseen = {"test": self.study.unseen, "strange": self.study.unseen_like(self.edit)}
+        scored = {name: tokens.score(loss, stacked, rows) for name, rows in unseen.items()}
         for name, rows in sets.items():
-            metrics[f"kl_{name}"] = float(tokens.kl_to(loss, stacked, self.reference, rows).mean())
+            scored[name], kl = tokens.compare(loss, stacked, self.reference, rows)
+            metrics[f"kl_{name}"] = float(kl.mean())
+        nll = {name: answers.mean_nll(x.logprob, x.mask) for name, x in scored.items()}
+        metrics |= {f"loss_{name}": float(nll[name].mean()) for name in (*sets, "test")}
         return {**metrics, "auc_member": membership.auc(nll["forget"], nll["strange"])}
 
 

@@ -1,14 +1,18 @@
 """The linear datamodelling score: its correlations against scipy, and the measurement at its smallest."""
 
 import dataclasses
+import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 from unlearn_jax.bench import attribution
 from unlearn_jax.bench.attribution import METHODS, ONE, AttributionSetting, measure, scores, subset
+from unlearn_jax.people.task import PeopleTask
 
 SMALL = AttributionSetting(
     subsets=3, people=5, questions=2, width=16, rank=2, epochs=4, batch=5, pretraining=60, tests=6, orders=2
@@ -42,12 +46,38 @@ def test_correlations_are_those_of_scipy(monkeypatch):
     expected = np.mean([spearmanr(truth[:, i], others[:, i]).statistic for i in range(7)])
     assert several[ONE]["mean"] == pytest.approx(expected)
     assert scores({name: truth[:2, None] for name in ("retrain", *METHODS)}) == {}
+    assert scores({"retrain": truth[:, None], "before": truth[0], "kronfluence": truth[:49]}) == {}  # it lacks a subset
 
 
 def test_subsets_are_drawn_by_their_number():
     one, two = (subset(SMALL, 40, number) for number in (0, 1))
     assert len(one) == len(set(one.tolist())) == 4 and (one != two).any()
     np.testing.assert_array_equal(subset(SMALL, 40, 0), one)
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_scores_of_libraries_tend_to_those_of_gradients(tmp_path):
+    """With a large damping a score is a product of two gradients, which are those of the model in JAX."""
+    from unlearn_jax.bench.influences import Facts, gradients
+
+    task = PeopleTask.of(SMALL.config(str(tmp_path)))
+    items = task.items()
+    random = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), task.model.fresh)
+    tests = task.model.words.encode([(row.question, row.paraphrase) for row in list(items.values())[:5]])
+    examples = {name: x for name, x in task.encode(items).items() if name != "id"}
+    facts = Facts(task.model.base, adapter, task.config.network.heads, examples, tests)
+    slopes, learned = (np.asarray(attribution._gradients(task.model.loss(), adapter, x)) for x in (tests, examples))
+    expected = slopes @ learned.T
+    ours, theirs = (gradients(facts.twin(), rows.tensors) for rows in (facts.tests, facts.learned))
+    close = {"rtol": 1e-3, "atol": 1e-4 * np.abs(expected).max()}
+    np.testing.assert_allclose(sum(ours[name] @ theirs[name].T for name in ours), expected, **close)
+    if importlib.util.find_spec("kronfluence"):
+        np.testing.assert_allclose(1e6 * facts._kronfluence(1e6), expected, **close)
+        assert np.isfinite(facts.kronfluence()["EK-FAC, damping by its heuristic"]()).all()
+    if importlib.util.find_spec("bergson"):
+        assert facts._bergson().shape == expected.shape
 
 
 @pytest.mark.slow

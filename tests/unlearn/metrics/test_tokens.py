@@ -88,6 +88,11 @@ def test_scoring_a_dataset_in_micro_batches(micro_batch):
     found = tokens.kl_to(loss, params, other, {"x": logits, "loss_mask": mask}, micro_batch=micro_batch)
     kl = np.asarray(tokens.token_kl(logits, logits @ other))
     np.testing.assert_allclose(found, (kl * mask).sum(-1) / mask.sum(-1), rtol=1e-4)
+    examples = {"x": logits, "labels": np.where(mask, np.maximum(labels, 0), -100), "loss_mask": mask}
+    statistics, again = tokens.compare(loss, params, other, examples, micro_batch=micro_batch)
+    np.testing.assert_array_equal(again, found)
+    for one, two in zip(statistics, tokens.score(loss, params, examples, micro_batch=micro_batch), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def linear_loss():

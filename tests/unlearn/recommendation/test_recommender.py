@@ -10,6 +10,7 @@ import pixel_jax
 from pixel_jax.cli import UserError
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, merge_lora, split
+from unlearn_jax.recommendation import generation
 from unlearn_jax.recommendation.generation import ReadQuestions
 from unlearn_jax.recommendation.recommender import Recommender, examples
 
@@ -70,13 +71,17 @@ def test_a_fresh_adapter_changes_nothing_and_has_a_seed():
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_greedy_answers_are_those_of_repeated_passes(count):
-    """Also of the mean of two adapters' probabilities."""
+def test_greedy_answers_are_those_of_repeated_passes(count, monkeypatch):
+    """Also of the mean of two adapters' probabilities, and in blocks of different widths."""
+    monkeypatch.setattr(generation, "BLOCK", 2)
+    monkeypatch.setattr(generation, "WIDTH", 4)
     recommender = make(2)
     adapters = [moved(recommender, seed) for seed in range(count)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
     encoded = recommender.encode(PAIRS, LENGTH, 8)
     read = ReadQuestions(recommender, encoded.tokens, encoded.lengths, recommender.hidden(encoded.tokens))
+    assert sorted(i for block in read.blocks for i in block.positions) == [0, 1, 2]
+    assert len({block.hidden.shape[1] for block in read.blocks}) == 2
     models = [whole(recommender, adapter, 2) for adapter in adapters]
 
     def next_logits(ids):

@@ -34,6 +34,13 @@ def test_a_data_set_of_recbole(ratings):
     assert all(x.liked == (int(x.item) % 2 == 1) for rated in ratings.users.values() for x in rated)
 
 
+def test_films_with_unwanted_titles_are_left_out_with_their_ratings(ratings):
+    short = ratings.with_titles(lambda title: len(title) < len("The Film 3"))
+    assert ratings.titles.keys() - short.titles.keys() == {"3"} and short.users.keys() == ratings.users.keys()
+    for user, rated in ratings.users.items():
+        assert short.users[user] == tuple(x for x in rated if x.item != "3")
+
+
 def test_both_readers_read_the_same(tmp_path, ratings):
     """The same ratings in the format of GroupLens, with years, in another order of lines."""
     lines = (tmp_path / "ratings" / "films.inter").read_text().splitlines()[1:]

@@ -127,6 +127,33 @@ def test_an_edit_that_does_not_improve_is_escalated(task, monkeypatch):
     assert entry.outcome == "escalated" and entry.why == "not improved: it rose; retrained from the beginning"
 
 
+def test_an_edit_that_is_dearer_than_the_training_is_not_computed(task, monkeypatch):
+    short = ErasureConfig(weight_decay=1e-2, training_epochs=1.0)
+    task.erasure = short
+    monkeypatch.setattr(module, "erase", lambda *arguments, **options: pytest.fail("computed"))
+    (entry,) = carry_out(task, [remove("p3")])
+    assert entry.outcome == "escalated" and task.retrained == 1
+    assert "'dearer' is not allowed: an edit costs at least 1.58 epochs of gradients, the training cost 1" in entry.why
+    other = LinearTask(task.directory.parent / "other", scale=3.0, erasure=short)
+    shutil.copytree(task.directory, other.directory, ignore=shutil.ignore_patterns("requests*"))
+    unchanged(other, "with this base model: the gradient of the training's objective is .* training left")
+
+
+def test_an_edit_may_cost_no_more_than_the_training(task, monkeypatch):
+    task.erasure, real, budgets = ErasureConfig(weight_decay=1e-2, training_epochs=3.0), module.erase, []
+
+    def watched(*arguments, **options):
+        budgets.append(arguments[4].budget)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "erase", watched)
+    assert task.erasure.budget == 6
+    carry_out(task, [remove("p3")])
+    task.requests = RequestsConfig(allow=(*RequestsConfig().allow, "dearer"))
+    carry_out(task, [remove("p4")])
+    assert budgets == [3, 6]
+
+
 # ---- interruption
 
 

@@ -63,6 +63,20 @@ def test_flops_of_an_unlearning_step():
     assert 4 * forward < 8 * found.flops_per_chip < 7 * forward
 
 
+@pytest.mark.slow
+def test_memory_of_a_device_does_not_grow_with_the_examples():
+    """Those of an edit lie in the memory of the hosts; a device holds one coefficient of each, and their work grows."""
+    shards, plans = 4, {}
+    for count in (200, 2_000, 20_000):
+        small = dataclasses.replace(adapted(), examples=count)
+        assert small.micro_batches("unlearn", make_mesh(MESH)) == count // shards
+        plans[count] = plan(small, "unlearn", machine("cpu:8"), MESH).plan
+    few, most = plans[200], plans[20_000]
+    for count, found in plans.items():
+        assert found.bytes_per_chip <= few.bytes_per_chip + 2 * 4 * (count - 200) / shards
+    assert most.flops_per_chip == pytest.approx(100 * few.flops_per_chip, rel=0.01)
+
+
 def test_the_micro_batches_of_the_training_are_not_those_of_an_edit():
     """Configured or not, one row at a time on every part of the mesh, whose positions are not split."""
     small = dataclasses.replace(adapted(), configured=True)

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import toys
 
+from pixel_jax.models import LanguageModel
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
+from pixel_jax.models.released import released
 from pixel_jax.parallel import make_mesh
+from pixel_jax.parallel.sharding import shardings, undivided
 from pixel_jax.training.batch import pack, take
 from pixel_jax.training.steps import ForwardConfig, trajectory_logprobs
-from tests.training.tiny_model import make_batch, make_model
+from tests.training.tiny_model import IMAGE, VOCAB, make_batch, make_model
 from unlearn_jax import CorrectResponse, Dataset, ModifyQuery, Remove, erase
 from unlearn_jax.curvature import product
 from unlearn_jax.objective import Objective, dataset_objective
@@ -123,6 +126,49 @@ def test_an_edit_on_one_device_and_on_eight(model, batch):
     apart = toys.relative_error(eight.delta, one.delta)
     assert one.report.edited == 3 and one.report.actual < 0 and one.report.delta_norm > 1e-3
     assert apart < 1e-5
+
+
+def narrow_7b():
+    """Qwen2.5-VL-7B with its heads, key-value heads and kinds of layers, two of each stack, and narrow ones."""
+    network = released("qwen2.5-vl-7b")
+    text = dataclasses.replace(
+        network.text, vocab_size=VOCAB, hidden_size=28 * 8, intermediate_size=64, num_hidden_layers=2,
+        mrope_section=(1, 1, 2),
+    )  # fmt: skip
+    vision = dataclasses.replace(
+        network.vision, depth=2, hidden_size=128, intermediate_size=32, out_hidden_size=28 * 8,
+        fullatt_block_indexes=(1,),
+    )  # fmt: skip
+    ids = {"image_token_id": IMAGE, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    return dataclasses.replace(network, text=text, vision=vision, **ids)
+
+
+@pytest.mark.slow
+def test_an_edit_of_a_sharded_7b_is_that_of_one_device(x64, batch):
+    """Weights over `fsdp` and `tensor`, a key-value head on each of four devices, examples over `fsdp`; in float64."""
+    network = narrow_7b()
+    assert (network.text.num_attention_heads, network.text.num_key_value_heads) == (28, 4)
+    plain = LanguageModel(network, jax.random.key(0))
+    plain = jax.tree.map(lambda x: np.float32(4) * x if x.ndim > 1 and x.shape[-1] > 1 else x, plain)
+    plain = add_lora(plain, jax.random.key(1), rank=2, alpha=4.0, targets=r"model\.layers\..*")
+    adapter, rest = split(plain, LoRAWeight)
+    rng = np.random.default_rng(0)
+    adapter = {name: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype) for name, x in adapter.items()}
+    plain = wide(combine(adapter, rest))
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 4})
+    spread = jax.device_put(plain, shardings(plain, mesh))
+    key = spread.language_model.layers.self_attn.k_proj.weight
+    assert {x.data.size for x in key.addressable_shards} == {key.size // 8} and not undivided(plain, dict(mesh.shape))
+    dataset, found = Dataset.of(examples(batch)), []
+    config = {"weight_decay": 1e-2, "newton_steps": 1, "damping": 1.0, "micro_batch": 8}
+    config["solver"] = {"rtol": 1e-5, "max_steps": 8}
+    for model, places in ((plain, None), (spread, mesh)):
+        loss, at = adapter_loss(model, remat=False, implementation="dense")
+        found.append(erase(loss, at, dataset, edits(dataset), config, mesh=places))
+    one, eight = found
+    assert one.report.edited == 3 and one.report.actual < 0 and one.report.delta_norm > 1e-3
+    assert toys.relative_error(eight.delta, one.delta) < 1e-7
+    assert len(jax.tree.leaves(eight.adapter)[0].sharding.device_set) == 8
 
 
 def test_the_base_is_an_argument_of_the_program(model, batch):
