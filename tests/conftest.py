@@ -59,7 +59,7 @@ PARTS = {
     "data": ("data/", "ops/", "evaluation/", "synthesis/"),
     "models": ("models/", "test_families_commands.py"),
     "rollouts": ("rollouts/", "tools/", "dialog/"),
-    "serving": ("serving/", "test_endpoint.py", "launch/"),
+    "serving": ("serving/", "viewer/", "test_endpoint.py", "launch/"),
     "training": ("training/", "parallel/", "test_interrupts.py"),
     "quickstart": ("quickstart/", "test_first_run.py", "test_own_data.py"),
     "planning": ("planning/", "bench/"),

@@ -12,11 +12,12 @@ NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_small_and_whole(path):
-    """Every cell of code has run, in order, and none has failed; nothing of the machine it ran on is in it."""
+    """Its cells have all run, in order, or none has; no error and nothing of the machine it ran on is in it."""
     text = path.read_text()
     notebook = json.loads(text)
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert len(text) < 300_000 and [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    ran = [cell["execution_count"] for cell in code]
+    assert len(text) < 300_000 and ran in ([None] * len(code), list(range(1, len(code) + 1)))
     assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
     assert not re.search(r"/home/|/root/|/work/|/tmp/", text)
     assert path.name in (ROOT / "docs" / "notebooks.md").read_text()

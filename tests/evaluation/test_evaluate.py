@@ -92,6 +92,7 @@ def test_every_question_is_answered_once(questions, whole):
     for record, question in zip(records, questions, strict=True):
         assert record["answers"] == list(question.answer)
         assert record["shrunk"] is (record["index"] == 2)
+        assert record["question"] == question.question and [len(x) for x in record["tools"]] == record["calls"]
         for i, text in enumerate(record["responses"]):
             boxed = [
                 answer for answer in ("7", "3") if text.removesuffix("<|im_end|>").endswith(f"\\boxed{{{answer}}}")

@@ -56,6 +56,10 @@ def test_traces_show_what_happened(found):
         for picture, image in zip(item.pictures, query.images, strict=True):
             np.testing.assert_array_equal(pixels(picture), image)
         tools = [turn for turn in item.turns if turn.role == "tool"]
+        chosen = [turn for turn in item.turns if turn.role == "assistant"]
+        log_probs = [x for turn in chosen for x in turn.log_probs]
+        np.testing.assert_allclose(log_probs, t.logprobs[row][t.loss_mask[row]], atol=1e-4)
+        assert all("".join(turn.pieces).removesuffix("<|im_end|>") == turn.text for turn in chosen if turn.pieces)
         assert len(tools) == answered_calls(t)[row]
         for call, turn in enumerate(tools):
             outcome, source = scripted_model.outcomes(t)[row, call], t.calls.source

@@ -225,7 +225,7 @@ def test_it_fits_the_screen_and_can_be_read(width, dark, pages, tmp_path):
         for view in ("#runs", "#traces", "#trace?n=1", "#traces?change=any&before=0&to=1"):
             browser.open("about:blank")
             browser.open(pages[0][1] + view)
-            browser.until("document.querySelector('main').childElementCount && !document.querySelector('[role=alert]')")
+            browser.until("document.querySelector('main .run, main .pages')")
             assert browser.run("document.documentElement.scrollWidth <= innerWidth"), view
             low = browser.run(CONTRAST)
             assert low == [], (view, low)
