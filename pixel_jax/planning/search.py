@@ -311,7 +311,9 @@ def compile_to_text(program: Program) -> tuple[float, str]:
         texts = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         if not texts:
             raise RuntimeError(f"the compiler wrote no program to {folder}")
-        arguments = [x for x in jax.tree.leaves(program.arguments) if isinstance(x, jax.ShapeDtypeStruct) and x.sharding]
+        arguments = [
+            x for x in jax.tree.leaves(program.arguments) if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
+        ]
         on_host = [x for x in arguments if x.sharding.memory_kind == HOST]
         return peak_bytes(compiled, bytes_per_device(on_host)), texts[-1].read_text()
 
