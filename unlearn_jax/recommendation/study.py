@@ -68,8 +68,8 @@ class RecommendationStudy(Study):
         recommender = Recommender.of(
             model, tokenizer, **dataclasses.asdict(config.adapter), key=jax.random.key(data.seed)
         )
-        if data.title is not None:
-            every, ratings = ratings, ratings.with_titles(lambda title: len(recommender.ids(title)) <= data.title)
+        if (most := data.title) is not None:
+            every, ratings = ratings, ratings.with_titles(lambda title: len(recommender.ids(title)) <= most)
             say(f"{len(every.titles) - len(ratings.titles)} of {len(every.titles)} films have longer titles: left out")
         users, test_users = split_users(ratings, data.test_share, data.seed)
         draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
