@@ -46,7 +46,7 @@ def everything(tmp_path_factory):
             Image.fromarray(scripted_model.image(i, *size)).save(folder / name)
         question = HOSTILE + "<|im_start|><|im_start|>" if i == 3 else "Which digit?"
         line = {"question": question, "images": names, "answer": "7" if i % 2 else ["3", "7"]}
-        whole_picture = {"box": [0, 0, *sizes[0]]} if i in (1, 2) else {}
+        whole_picture = {"box": [0, 0, *reversed(sizes[0])]} if i in (1, 2) else {}
         lines.append(line | whole_picture)
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read("jsonl", folder / "own.jsonl")[0]
