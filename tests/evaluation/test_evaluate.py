@@ -46,7 +46,7 @@ def everything(tmp_path_factory):
             Image.fromarray(scripted_model.image(i, *size)).save(folder / name)
         question = HOSTILE + "<|im_start|><|im_start|>" if i == 3 else "Which digit?"
         line = {"question": question, "images": names, "answer": "7" if i % 2 else ["3", "7"]}
-        whole_picture = {"box": [0, 0, *sizes[0]]} if i in (1, 2) else {}
+        whole_picture = {"box": [0, 0, *reversed(sizes[0])]} if len(sizes) == 1 else {}
         lines.append(line | whole_picture)
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read("jsonl", folder / "own.jsonl")[0]
@@ -112,9 +112,9 @@ def test_every_question_is_answered_once(questions, whole):
 def test_records_say_how_much_of_the_evidence_crops_hold(questions, whole):
     """The reference is the whole picture: a crop holds as much of it as it shows. One picture was made smaller."""
     directory, records = whole
-    assert [("evidence" in x, "crop_area" in x) for x in records] == [(i in (1, 2),) * 2 for i in range(COUNT)]
+    assert [("evidence" in x, "crop_area" in x) for x in records] == [(True, True)] * COUNT
     cropped = 0
-    for record in records[1:3]:
+    for record in records:
         assert record["evidence"] == pytest.approx(record["crop_area"])
         (made,) = transcript.load(directory / "traces" / f"{record['index']}.json")
         (drawn,) = made.pictures
@@ -124,7 +124,7 @@ def test_records_say_how_much_of_the_evidence_crops_hold(questions, whole):
         assert all(
             (share > 0) <= (calls > 0) for share, calls in zip(record["evidence"], record["operations"], strict=True)
         )
-    assert cropped > 0 and max(x for record in records[1:3] for x in record["evidence"]) > 0
+    assert cropped > 0 and max(x for record in records for x in record["evidence"]) > 0
 
 
 @pytest.mark.slow
@@ -133,7 +133,8 @@ def test_without_looking_and_with_the_evidence_alone(questions, tmp_path):
     blind = answer(questions[:2], tmp_path / "blind", mode="blind")
     (made,) = transcript.load(tmp_path / "blind" / "traces" / "1.json")
     assert (pixels(made.pictures[0]) == GREY).all() and all(x["operations"] == [0, 0] for x in blind)
-    found = answer(questions[:2], tmp_path / "evidence", mode="evidence")
+    asked = [questions[0]._replace(fields={}), questions[1]]
+    found = answer(asked, tmp_path / "evidence", mode="evidence")
     assert "there is no reference box" in found[0]["unanswered"] and "unanswered" not in found[1]
     policy = Policy(scripted_model.model(), scripted_model.vocabulary(), scripted_model.token_tables())
     exam = Exam(BENCHMARK, LIMITS, "none", 2, 0, opening="I see \\boxed{")
