@@ -40,7 +40,7 @@ class Report(NamedTuple):
 
 
 def write_page(studies: Mapping[str, StudyConfig], stem: pathlib.Path, report: Report) -> None:
-    """Writes the page, its numbers and its picture to `stem`.md, .json and .png."""
+    """Writes the page, its numbers and its picture to `stem`.md, .json and .png, whatever the ending of `stem`."""
     parts, numbers, pictures = [report.introduction], {}, []
     for name, config in studies.items():
         wanted = [cell for cell in cells_of(config) if cell.seed != config.tuning_seed]
@@ -56,7 +56,7 @@ def write_page(studies: Mapping[str, StudyConfig], stem: pathlib.Path, report: R
         lines.append(f"| {x.task} | {x.metric} | {x.method} | {x.value:.4f} | {error} |")
     if pictures:
         draw(pictures, stem.with_suffix(".png"), report.pictured)
-        parts.append(f"## Forgetting, utility and cost\n\n![forgetting against utility, and cost]({stem.name}.png)\n")
+        parts.append(f"## Forgetting, utility and cost\n\n![forgetting against utility, and cost]({stem.stem}.png)\n")
     parts.append(report.paper + "\n" + "\n".join(lines) + "\n")
     write_file(stem.with_suffix(".md"), "\n".join(parts))
     reported = [{**x._asdict(), "error": x.error} for x in report.reported]
@@ -143,7 +143,7 @@ def shipped(kind: type[StudyConfig], names: Sequence[str]) -> dict[str, Any]:
 def main(package: str, kind: type[StudyConfig], report: Report) -> None:
     """`python -m PACKAGE PAGE CONFIG [CONFIG ...]`, which writes the page of studies."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description="Writes the page of studies.")
-    parser.add_argument("page", type=pathlib.Path, help="the page without its ending, such as docs/unlearn-movielens")
+    parser.add_argument("page", type=pathlib.Path, help="the page, such as docs/unlearn-movielens.md")
     parser.add_argument("configs", nargs="+", help="config files or the names of shipped ones")
     arguments = parser.parse_args()
     write_page(shipped(kind, arguments.configs), arguments.page, report)
