@@ -105,7 +105,7 @@ async def serve(app: "ASGIApp", listener: "socket.socket") -> None:
 
 def names_of(paths: Sequence[pathlib.Path]) -> list[str]:
     """Short names of directories: as many of their last folders as make them different; equal ones get a number."""
-    whole = [path.resolve().parts[1:] or ("/",) for path in paths]
+    whole, names = [path.resolve().parts[1:] or ("/",) for path in paths], list[str]()
     for length in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-length:]) for parts in whole]
         if len(set(names)) == len(names):
@@ -268,6 +268,6 @@ def written_traces(
         except ValueError as error:  # a TraceError, a PromptError, an ImageError
             warn(f"{example.id} is not drawn: {error}")
             continue
-        known = {"title": example.id, "reference": " / ".join(example.answer)}
+        known: dict[str, Any] = {"title": example.id, "reference": " / ".join(example.answer)}
         drawn.append(make_transcript(t, 0, query, vocabulary, side=SIDE, **known))
     return drawn, len(examples)

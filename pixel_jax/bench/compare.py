@@ -85,7 +85,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
         alternatives = old["alternatives"], new["alternatives"]
         ours = next(iter(alternatives[0]), None)
         for name in _shared(*alternatives, f"{case}: ", found.left_out):
-            pair = [figures(timings[name], name == ours) for timings in alternatives]
+            pair = tuple(figures(timings[name], name == ours) for timings in alternatives)
+            assert len(pair) == 2
             for what in _shared(*pair, f"{case}, {name}: ", found.left_out):
                 a, b = (each[what] for each in pair)
                 compared += 1

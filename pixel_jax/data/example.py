@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from pixel_jax.data.images import ImageError
 from pixel_jax.data.sources import Source, SourceError, frame_sizes, load_frames
 from pixel_jax.data.traces import Trace, Turn
 from pixel_jax.rollouts.prompts import Query
+
+Read = TypeVar("Read")  # a row of data, as its reader makes it
 
 
 class ExampleError(ValueError):
@@ -76,7 +78,7 @@ class ReadReport:
     dropped: list[str] = dataclasses.field(default_factory=list)  # why, in the words of the error
     mended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
-    def take(self, examples: list[Example], make: Callable[[], Example]) -> None:
+    def take(self, examples: list[Read], make: Callable[[], Read]) -> None:
         """Appends what `make` returns, or notes the error that it raises."""
         try:
             examples.append(make())

@@ -22,6 +22,7 @@ from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import is_variable, value_of
 
 M = TypeVar("M", bound=Model | nnx.Module)
+Tree = TypeVar("Tree")
 Filter = type | Callable[[str, nnx.Variable], bool]
 
 
@@ -139,6 +140,6 @@ def combine(selected: dict[str, jax.Array], rest: M) -> M:
     return jax.tree.unflatten(jax.tree.structure(rest, is_leaf=is_variable), whole)
 
 
-def copied(model: M) -> M:
+def copied(model: Tree) -> Tree:
     """Copies modules and variables, so that they can be changed, but not their arrays."""
     return jax.tree.map(lambda x: x, model)

@@ -13,8 +13,6 @@ import runpy
 import time
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from pixel_jax.config import find_config, load
 from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.evaluation.main import answer
@@ -34,13 +32,13 @@ TIER = "miniature"
 HEAD = ("model", "mode", "category", "items", "right %", "used a tool %", "evidence held %", "could not be asked")
 
 
-def run(out: pathlib.Path, training: QuickstartConfig, asking: ConfigDict, made_of: SetConfig) -> dict[str, Any]:
+def run(out: pathlib.Path, training: QuickstartConfig, asking: Any, made_of: SetConfig) -> dict[str, Any]:
     """Carries out all parts that are not done yet.
 
     Args:
         out: the directory of the set, of the training and of the evaluations.
         training: the quickstart's settings with the lesson "search".
-        asking: the config of the evaluations, in which model, data and directory are set here.
+        asking: the config of the evaluations, a `ConfigDict`, in which model, data and directory are set here.
         made_of: the settings of the set.
 
     Returns:

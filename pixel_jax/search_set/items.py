@@ -357,7 +357,7 @@ def _card(colour: tuple[int, int, int], digits: Sequence[str], height: int, tier
 
 def _chosen(rng: np.random.Generator, items: Sequence[str], count: int) -> list[str]:
     """Chooses `count` different items in random order."""
-    return [items[i] for i in rng.permutation(len(items))[:count]]
+    return [items[int(i)] for i in rng.permutation(len(items))[:count]]
 
 
 def _places(

@@ -39,7 +39,7 @@ class Patch(NamedTuple):
 
 def plain(cover: np.ndarray, colour: tuple[int, int, int] | np.ndarray) -> Patch:
     """A patch of one colour; `cover` is 0 to 1."""
-    return Patch(np.broadcast_to(np.float32(colour), (*cover.shape, 3)), cover)
+    return Patch(np.broadcast_to(np.asarray(colour, np.float32), (*cover.shape, 3)), cover)
 
 
 def card(size: Size, colour: tuple[int, int, int]) -> Patch:
@@ -74,11 +74,12 @@ def cut_out(name: str, side: int) -> Patch:
 def glyph(text: str, height: int) -> np.ndarray:
     """How much of each pixel the text covers, in Pillow's own font and about as high as asked: float32 [h, w], 0 to 1."""
     size = height
+    left, top, right, bottom = ImageFont.load_default(size).getbbox(text)
     for _ in range(8):  # the font's size is that of its line; its capitals are lower
-        left, top, right, bottom = ImageFont.load_default(size).getbbox(text)
         if bottom - top == height:
             break
         size = max(1, size + round((height - (bottom - top)) * size / max(bottom - top, 1)))
+        left, top, right, bottom = ImageFont.load_default(size).getbbox(text)
     image = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), text, fill=255, font=ImageFont.load_default(size))
     return np.asarray(image, np.float32) / 255

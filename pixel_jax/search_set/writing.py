@@ -81,7 +81,7 @@ def make_item(photographs: Sequence[Photograph], tier: Tier, split: str, number:
     rng = np.random.default_rng([seed, list(TIERS).index(tier.name), list(SHARES).index(split), number])
     kind = tier.kinds[number % len(tier.kinds)]
     difficulty = DIFFICULTIES[number // len(tier.kinds) % len(DIFFICULTIES)]
-    photograph = photographs[rng.integers(len(photographs))]
+    photograph = photographs[int(rng.integers(len(photographs)))]
     return draw_item(rng, background(rng, photograph, tier.size), tier, kind, difficulty, photograph.name)
 
 

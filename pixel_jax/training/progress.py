@@ -77,7 +77,7 @@ def use_compilation_cache(directory: str | os.PathLike) -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    place = jax.config.values["jax_compilation_cache_dir"]
+    place = str(jax.config.values["jax_compilation_cache_dir"])
     _noted[:] = [pathlib.Path(place) / "seconds.json"]
     found = read_note(_noted[0]) or {}
     _seconds.update({name: float(x) for name, x in found.items() if isinstance(x, int | float)})

@@ -144,7 +144,9 @@ def read_filter(values: Mapping[str, str]) -> Filter:
         FilterError: a field has a value that it cannot have.
     """
     hints = typing.get_type_hints(Filter)
-    known = {field.name: values[field.name] for field in dataclasses.fields(Filter) if field.name in values}
+    known: dict[str, Any] = {
+        field.name: values[field.name] for field in dataclasses.fields(Filter) if field.name in values
+    }
     for name, value in known.items():
         if choices := typing.get_args(hints[name]):
             if value not in choices:

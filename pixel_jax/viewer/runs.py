@@ -51,9 +51,20 @@ class GoneError(LookupError):
 class Part(Protocol):
     """Traces of a run that belong together."""
 
-    name: str
-    entries: Mapping[tuple, Entry]  # by a key that stays the same while the run goes on
-    problems: Sequence[str]  # what could not be read
+    @property
+    def name(self) -> str:
+        """What the page calls it."""
+        ...
+
+    @property
+    def entries(self) -> Mapping[tuple, Entry]:
+        """The entries of the list, by a key that stays the same while the run goes on."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """What could not be read."""
+        ...
 
     def refresh(self) -> bool:
         """Reads what is new. Returns whether anything has changed."""

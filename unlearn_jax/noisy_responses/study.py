@@ -27,7 +27,7 @@ from unlearn_jax.studies.study import RESPONSE, Arrays, Case, Study, fresh_adapt
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NoisyResponsesStudy(Study):
+class NoisyResponsesStudy(Study[NoisyResponsesConfig]):
     """The questions and the model, which all cells share."""
 
     config: NoisyResponsesConfig

@@ -30,7 +30,7 @@ from unlearn_jax.studies.study import REMOVE, Arrays, Case, Study
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RecommendationStudy(Study):
+class RecommendationStudy(Study[RecommendationConfig]):
     """The data, the prompt form and the model, which all cells share."""
 
     config: RecommendationConfig
@@ -168,7 +168,6 @@ class RecommendationStudy(Study):
         first = Encoded(*(x[: self.config.rows] for x in self._tests))
         return examples(first, self.questions.hidden[: self.config.rows])
 
-    @functools.cache  # noqa: B019, a study lives as long as its process
     def unseen_like(self, edit: str) -> Arrays:
         """See `Study.unseen_like`. Rows that cannot be corrupted are left out."""
         if edit == REMOVE:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ REMOVE, RESPONSE = (
     "remove",
     "response",
 )  # edits that remove rows, and that correct answers; all others correct questions
+C = TypeVar("C", bound=StudyConfig)
 
 
-class Study(abc.ABC):
+class Study(abc.ABC, Generic[C]):
     """The data and the model, which all cells share. A row is whatever the study's `arrays` and `name` understand."""
 
-    config: StudyConfig
+    config: C
 
     @property
     @abc.abstractmethod
@@ -60,7 +61,7 @@ class Study(abc.ABC):
     def metrics(self) -> tuple[str, ...]:
         """The names of the scores, the most important first."""
 
-    @property
+    @functools.cached_property
     @abc.abstractmethod
     def unseen(self) -> Arrays:
         """The test rows as examples."""
