@@ -56,7 +56,7 @@ MAY_BE_ZERO = {
     *("temperature", "later_temperature", "top_k", "min_tokens", "max_calls", "max_images", "pad", "min_crop"),
     *("alpha", "beta", "threshold", "budget", "unparsable", "length_limit", "length_buffer", "exponent", "seed"),
     *("clip_low", "clip_high", "kl", "final_fraction", "warmup", "b1", "b2", "weight_decay", "time_operations"),
-    *("share", "drawn", "save_model_every"),
+    *("share", "drawn", "save_model_every", "staleness"),
 }
 SHAPES = {
     *("trace_tokens", "trace_frames", "trace_patches", "video_frames", "video_patches"),
