@@ -11,7 +11,6 @@ import functools
 import pathlib
 import re
 import sys
-import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -78,11 +77,6 @@ def reached(aim: dict[str, Any]) -> str:
     return "met" if aim["reached"] >= aim["ratio"] else f"missed ({aim['reached']:.2f})"
 
 
-def sharding(axes: dict[str, int]) -> str:
-    """A mesh in words."""
-    return mesh(types.SimpleNamespace(sharding=axes))
-
-
 def plan(name: str) -> str:
     """The best plan of each step: counts of one chip, and predicted seconds."""
     found, rows = record(name), []
@@ -92,7 +86,7 @@ def plan(name: str) -> str:
             sent = sum(kind["bytes"] for kind in x["collectives"].values())
             counts = (f"{x['bytes_per_chip'] / GIB:.1f}", digits(x["flops_per_chip"] / 1e12, 4))
             counts += (digits(x["bytes_moved"] / 1e12), digits(sent / 1e9), digits(x["seconds"]))
-            rows.append((topology, step, sharding(x["sharding"]), *counts, x["bound"]))
+            rows.append((topology, step, mesh(x["sharding"]), *counts, x["bound"]))
     head = ("machine", "step", "mesh", "memory, GiB", "TFLOP", "TB moved", "GB sent", "seconds", "bound by")
     return f"{origin(name, [found.get('commit')])}\n\n{lines(head, rows)}"
 
@@ -107,7 +101,7 @@ def scaling(name: str) -> str:
         times = (digits(x["times"]["memory"]), digits(x["times"]["links"]))
         share = f"{100 * x['rate'] / found['scaling'][0]['rate']:.0f} %"
         memory = f"{x['bytes_per_chip'] / GIB:.1f}"
-        rows.append((str(chips), sharding(x["sharding"]), memory, *times, f"{x['rate']:.0f}", share))
+        rows.append((str(chips), mesh(x["sharding"]), memory, *times, f"{x['rate']:.0f}", share))
     head = ("chips", "mesh", "memory, GiB", "seconds of memory", "of links", "tokens/s/chip", "efficiency")
     return f"{origin(name, [found.get('commit')])}\n\n{lines(head, rows)}"
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from pixel_jax import terminal
+from pixel_jax.parallel.mesh import AXES
 from pixel_jax.planning.machines import GIB
 from pixel_jax.planning.search import Compiled, Plan
 from pixel_jax.planning.weak_scaling import Point
@@ -41,12 +42,13 @@ def document(plans: Sequence[Compiled], best: Best, points: Sequence[Point] = ()
     }
 
 
-def mesh(plan: Plan) -> str:
+def mesh(sharding: Mapping[str, int]) -> str:
     """Describes the sharding of a plan, as in `fsdp 64 x tensor 4, 4 micro-batches`."""
-    words = [" x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"]
-    if (parts := plan.sharding.get("micro_batches", 1)) > 1:
+    axes = {axis: size for axis, size in sharding.items() if axis in AXES and size > 1}
+    words = [" x ".join(f"{axis} {size}" for axis, size in axes.items()) or "one device"]
+    if (parts := sharding.get("micro_batches", 1)) > 1:
         words.append(f"{parts} micro-batches")
-    if (prompts := plan.sharding.get("in_flight")) is not None:
+    if (prompts := sharding.get("in_flight")) is not None:
         words.append(f"{prompts} prompts in flight")
     return ", ".join(words)
 
@@ -60,7 +62,7 @@ def line(compiled: Compiled) -> str:
     """Returns a line of progress about one compilation."""
     plan = compiled.plan
     fits = f"fits in {gib(plan.bytes_per_chip)}" if plan.fits else f"does not fit ({gib(plan.bytes_per_chip)})"
-    return f"{plan.topology} {plan.step}: {mesh(plan)}: {fits}; compiled in {compiled.seconds:.0f} s"
+    return f"{plan.topology} {plan.step}: {mesh(plan.sharding)}: {fits}; compiled in {compiled.seconds:.0f} s"
 
 
 def table(plans: Sequence[Compiled], best: Best) -> Table:
@@ -87,7 +89,7 @@ def table(plans: Sequence[Compiled], best: Best) -> Table:
             flops, moved, sent = plan.counted
             counted = flops / 1e12, moved / 1e9, sent / 1e9, plan.between_nodes / 1e9, plan.predicted_seconds
             numbers = (f"{x:.4g}" for x in counted)
-            rows.append((topology, step, mesh(plan), gib(plan.bytes_per_chip), *numbers, str(plan.bound)))
+            rows.append((topology, step, mesh(plan.sharding), gib(plan.bytes_per_chip), *numbers, str(plan.bound)))
             if compiled.assumed:
                 turns = ", ".join(f"{scope} {times:.4g}" for scope, times in compiled.assumed.items())
                 caption.append(f"{topology} {step} assumes of what the data decides: {turns}.")
@@ -111,10 +113,10 @@ def scaling_table(points: Iterable[Point], step: str) -> Table:
     for point in points:
         plan, times, rate = point.compiled.plan, point.times, point.rate
         if times is None or rate is None:
-            rows.append((plan.topology, mesh(plan), f"does not fit ({gib(plan.bytes_per_chip)})"))
+            rows.append((plan.topology, mesh(plan.sharding), f"does not fit ({gib(plan.bytes_per_chip)})"))
             continue
         first = first or rate
         numbers = (f"{x:.3g}" for x in (*times, rate))
-        rows.append((plan.topology, mesh(plan), gib(plan.bytes_per_chip), *numbers, f"{rate / first:.1%}"))
+        rows.append((plan.topology, mesh(plan.sharding), gib(plan.bytes_per_chip), *numbers, f"{rate / first:.1%}"))
     title = f"Predicted weak scaling of {step}, one row a chip"
     return terminal.table(head, rows, words=2, title=title, caption=LOWER_BOUND)
