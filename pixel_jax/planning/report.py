@@ -9,7 +9,7 @@ from rich.table import Table
 from pixel_jax import terminal
 from pixel_jax.parallel.mesh import AXES
 from pixel_jax.planning.machines import GIB
-from pixel_jax.planning.search import Compiled, Plan
+from pixel_jax.planning.search import Compiled
 from pixel_jax.planning.weak_scaling import Point
 
 LOWER_BOUND = (
