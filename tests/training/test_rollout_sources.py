@@ -63,6 +63,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 def test_rows_are_written_ahead_and_a_restart_is_exact(tmp_path, monkeypatch):
     """Rollout i + 1 begins before i is trained on, by the devices of rollouts, with the weights that there are then."""
     begun, scored, devices = [], [], set()

@@ -31,6 +31,9 @@ from unlearn_jax.studies.page import write_page
 from unlearn_jax.studies.study import alone
 
 ROOT = pathlib.Path(__file__).parents[3]
+pytestmark = (
+    pytest.mark.slow
+)  # a base model is trained first; `test_choice_readers.py` and `test_photographs.py` are fast
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +187,6 @@ def test_what_a_study_cannot_do_is_said(run, tmp_path):
         edit.edit(config, [])
 
 
-@pytest.mark.slow
 def test_every_method_by_the_commands(tmp_path):
     """train, erase and eval one after the other, each a process of its own; then the page."""
     network = {"width": 16, "layers": 1, "mlp": 16, "vision_width": 16, "vision_layers": 1, "vision_mlp": 16}
