@@ -61,7 +61,7 @@ PARTS = {
     "rollouts": ("rollouts/", "tools/", "dialog/"),
     "serving": ("serving/", "viewer/", "test_endpoint.py", "launch/"),
     "training": ("training/", "parallel/", "test_interrupts.py"),
-    "quickstart": ("quickstart/", "test_first_run.py", "test_own_data.py"),
+    "quickstart": ("quickstart/", "search_set/", "test_first_run.py", "test_own_data.py"),
     "planning": ("planning/", "bench/"),
     "unlearn-models": ("unlearn/vision_language/", "unlearn/test_smollm2.py"),
     "unlearn-experiment": ("unlearn/experiment/", "unlearn/test_same_recipe.py", "unlearn/test_verdict.py"),

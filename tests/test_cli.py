@@ -74,9 +74,9 @@ MISTAKES = {
     ),
     "a check of two models": (["check", "a", "b"], 1, "unexpected argument 'b': give one model"),
     "export of nothing": (["export", "nowhere", "--out=x"], 1, "nowhere has no checkpoints"),
-    "view without a file": (["view"], 1, "give one directory of a run"),
+    "view without a file": (["view"], 1, "give directories of runs"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
-    "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
+    "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml is not JSON"),
     "chat without a model": (["chat"], 1, "give the directory of a model: pixel-jax chat DIR"),
     "chat with no model": (
         ["chat", "nowhere", "--question=?"],
@@ -137,7 +137,7 @@ MISTAKES = {
         1,
         "--json=no/p.json: there is no directory no$",
     ),
-    "a name that steers a terminal": (["view", "\x1b]0;PWN\x07.json"], 1, r"\\x1b\]0;PWN\\x07.json' cannot be opened"),
+    "a name that steers a terminal": (["view", "\x1b]0;PWN\x07.json"], 1, r"no file or directory '\\x1b\]0;PWN\\x07.json'"),
     "a stray argument": (["quickstart", "fast"], 1, "unexpected argument 'fast'"),
 }
 

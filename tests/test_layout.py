@@ -14,6 +14,7 @@ LABORATORY = (
     "pixel_jax.bench",
     "pixel_jax.planning",
     "pixel_jax.quickstart",
+    "pixel_jax.search_set",
     "unlearn_jax.bench",
     "unlearn_jax.experiment",
     "unlearn_jax.noisy_responses",

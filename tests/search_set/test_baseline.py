@@ -1,4 +1,7 @@
-"""The recipe of the search set in its smallest form: every part runs, and a second start has nothing left to do."""
+"""The recipe of the search set in its smallest form: every part runs, and a second start has nothing left to do.
+
+The page is `docs/visual-search.md`.
+"""
 
 import json
 import runpy

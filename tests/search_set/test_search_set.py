@@ -1,4 +1,7 @@
-"""The visual search set: the same bytes from a seed, boxes that hold what is asked about, overviews that do not show it."""
+"""The visual search set: the same bytes from a seed, boxes that hold what is asked about, overviews that do not show it.
+
+The page is `docs/visual-search.md`.
+"""
 
 import dataclasses
 import functools

@@ -327,6 +327,7 @@ def test_rows_written_ahead_have_the_devices_behind_those_of_training():
 
 
 def test_a_budget_in_a_config():
+    """The settings of `docs/scale.md`."""
     values = {"iterations": 2, "loss": {"importance_cap": 2.0}}
     found = load(RLConfig, {**values, "rollout_budget": {"tokens": 9, "share": 0.5}})
     assert found.rollout_budget == RolloutBudget(tokens=9, share=0.5)

@@ -22,7 +22,9 @@ LABORATORY = (
     "people",
     "planning",
     "quickstart",
+    "noisy_responses",
     "recommendation",
+    "studies",
     "requests",
     "vision_language",
 )
