@@ -262,7 +262,10 @@ def test_beginnings_and_ends(tmp_path):
 
 @pytest.mark.torch
 def test_llama_2_as_transformers_reads_it(tmp_path):
-    """It makes merges of the scores as here, and puts a space before the first text unless there is one."""
+    """It makes merges of the scores as here, and puts a space before the first text unless there is one.
+
+    Whether it adds the beginning that the file asks for depends on its version: `test_beginnings_and_ends` is about that.
+    """
     from transformers import AutoTokenizer
 
     named = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
@@ -272,7 +275,7 @@ def test_llama_2_as_transformers_reads_it(tmp_path):
     @settings(max_examples=150, deadline=None)
     @given(TALKS.filter(lambda text: not text.startswith((" ", SPACE))))
     def agree(text):
-        assert mine.encode(text) == theirs.encode(text)
+        assert mine.encode(text, add_special_tokens=False) == theirs.encode(text, add_special_tokens=False)
 
     agree()
 
