@@ -18,6 +18,7 @@ NAMES = {
     "llama": "Llama (biases, linear scaling)",
     "llama3": "Llama 3 (llama3 scaling, tied), SmolLM2",
     "qwen2_vl": "Qwen2-VL",
+    "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_tied": "Qwen3-VL (tied)",
     "qwen3_5": "Qwen3.5",

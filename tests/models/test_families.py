@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import END, IMAGE, START, TEXT_ONLY, VALUES, VIDEO, VISUAL, pair
+from tiny_families import END, IMAGE, START, TEXT_ONLY, VALUES, VIDEO, VISUAL, pair, parameters
 from tiny_qwen import relative
 
 import pixel_jax
@@ -66,7 +66,7 @@ def typed(name, ids):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", parameters(VALUES))
 def test_logits(name, side, rng):
     """Rows of unlike length, padded on either side; where the family sees, one image in a row and two in the next."""
     ours, theirs = pair(name)
@@ -86,7 +86,7 @@ def test_logits(name, side, rng):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", parameters(QWEN))
 def test_video_and_image(name, rng):
     """A video before an image. transformers since 5.3 starts the text after a video of Qwen2-VL elsewhere: it gets our
     positions. Qwen3-VL's video is one item for each pair of frames, behind its time in the text."""
@@ -104,16 +104,19 @@ def test_video_and_image(name, rng):
         "video_grid_thw": np.array([video]),
     }
     items = np.array([[*slices, image]])
-    positions, _ = ours.positions(jnp.array(ids), valid, items, np.zeros(items.shape[:2]), jnp.zeros(1, jnp.int32))
+    timed = {"second_per_grid_ts": [1.5]} if name == "qwen2_5_vl" else {}  # whose positions follow the seconds
+    seconds = np.zeros(items.shape[:2])
+    seconds[0, 0] = 1.5 * bool(timed)
+    positions, _ = ours.positions(jnp.array(ids), valid, items, seconds, jnp.zeros(1, jnp.int32))
     given = {} if ours.config.splits_videos else {"position_ids": np.asarray(positions, np.int64)}
     expected = their_logits(theirs, **arrays, **typed(name, ids), **given)
-    got = pixel_jax.forward(ours, **arrays)
+    got = pixel_jax.forward(ours, **arrays, **timed)
     assert relative(got, expected) < 1e-5
     assert relative(got, pixel_jax.forward(ours, **arrays, position_ids=np.asarray(positions))) < 1e-5
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", VISUAL)
+@pytest.mark.parametrize("name", parameters(VISUAL))
 def test_tower(name, rng):
     """Features of images of unlike sizes, in one compilation, and those for the first decoder layers."""
     import torch
@@ -148,7 +151,7 @@ def test_tower(name, rng):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", parameters(VALUES))
 def test_a_saved_model_is_what_transformers_reads(name, tmp_path, rng):
     """Names of weights and `config.json`, as released: nothing missing, nothing over, the same logits; and we read it again."""
     import torch

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_families import grids_of, pixels_of, show, typed
-from tiny_families import END, IMAGE, START, VALUES, VIDEO, pair
+from tiny_families import END, IMAGE, START, VALUES, VIDEO, pair, parameters
 
 from pixel_jax.models import LanguageModel
 from pixel_jax.models.io import patched
@@ -56,7 +56,7 @@ class Conversation:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", [name for name in VALUES if name != "qwen3_vl_tied"])
+@pytest.mark.parametrize("name", parameters(name for name in VALUES if name != "qwen3_vl_tied"))
 def test_two_turns(name, rng):
     ours, theirs = pair(name)
     vision = ours.config.vision

@@ -278,7 +278,7 @@ def test_what_peft_can_and_we_cannot_is_refused(fields, pair, tmp_path):
 
 @pytest.mark.torch
 @needs_peft
-@pytest.mark.parametrize("family", tiny_families.VALUES)
+@pytest.mark.parametrize("family", tiny_families.parameters(tiny_families.VALUES))
 def test_every_linear_layer_of_every_family(family, tmp_path):
     """PEFT finds all of them under our names, and leaves none without factors."""
     import copy

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny_families import VALUES, values
+from tiny_families import VALUES, parameters, values
 
 from pixel_jax.models import LanguageModel, config_from_hf
 from pixel_jax.models.checkpoint import named_weights
@@ -27,7 +27,7 @@ def count(model, adapters):
     return sum(math.prod(x.shape) for _, _, x in named_weights(model) if isinstance(x, LoRAWeight) == adapters)
 
 
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", parameters(VALUES))
 def test_rank_and_targets_of_the_file_are_counted(name, tmp_path):
     network, key = config_from_hf(values(name)), jax.random.key(0)
     base = jax.eval_shape(functools.partial(LanguageModel, network), key)

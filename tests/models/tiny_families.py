@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import json
 import tempfile
 from pathlib import Path
 
-from tiny_qwen import random_weights
+import pytest
+from tiny_qwen import random_weights, tiny_config
 
 import pixel_jax
 
@@ -104,6 +106,7 @@ VALUES = {
             "in_chans": 3,
         },
     },
+    "qwen2_5_vl": json.loads(json.dumps(tiny_config().to_hf())),
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_tied": {**QWEN3_VL, "tie_word_embeddings": True},
     "qwen3_5": {
@@ -142,7 +145,12 @@ VALUES = {
     },
 }  # fmt: skip
 TEXT_ONLY = ("qwen2", "qwen3", "llama", "llama3", "qwen3_5_text")
-VISUAL = ("qwen2_vl", "qwen3_vl", "qwen3_vl_tied", "qwen3_5", "llava", "llava_full")
+VISUAL = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_tied", "qwen3_5", "llava", "llava_full")
+
+
+def parameters(names) -> list:
+    """Names of families as parameters of tests: Qwen2.5-VL, with tests of its own (test_decoder_parity.py), as a slow one."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name == "qwen2_5_vl" else name for name in names]
 
 
 def values(name: str) -> dict:
