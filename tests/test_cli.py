@@ -137,7 +137,11 @@ MISTAKES = {
         1,
         "--json=no/p.json: there is no directory no$",
     ),
-    "a name that steers a terminal": (["view", "\x1b]0;PWN\x07.json"], 1, r"no file or directory '\\x1b\]0;PWN\\x07.json'"),
+    "a name that steers a terminal": (
+        ["view", "\x1b]0;PWN\x07.json"],
+        1,
+        r"no file or directory '\\x1b\]0;PWN\\x07.json'",
+    ),
     "a stray argument": (["quickstart", "fast"], 1, "unexpected argument 'fast'"),
 }
 

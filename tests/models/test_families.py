@@ -69,7 +69,20 @@ def typed(name, ids):
 @pytest.mark.parametrize("name", parameters(VALUES))
 def test_logits(name, side, rng):
     """Rows of unlike length, padded on either side; where the family sees, one image in a row and two in the next."""
-    ours, theirs = pair(name)
+    compare_logits(name, side, rng, *pair(name))
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", [name for name in VALUES if name != "qwen3_vl_tied"])
+def test_logits_of_a_head_of_its_own_or_tied_to_the_embeddings(name, tied, rng):
+    ours, theirs = pair(name, tie_word_embeddings=tied)
+    assert (theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight) == tied
+    compare_logits(name, "left", rng, ours, theirs)
+
+
+def compare_logits(name, side, rng, ours, theirs):
     vision, arrays = ours.config.vision, {}
     rows = [rng.integers(0, 50, 11).tolist(), rng.integers(0, 50, 7).tolist()]
     if vision is not None:

@@ -158,12 +158,12 @@ def values(name: str) -> dict:
     return copy.deepcopy(VALUES[name])
 
 
-def torch_model(name: str, seed: int = 0):
-    """A transformers model in float32 with random weights."""
+def torch_model(name: str, seed: int = 0, **fields):
+    """A transformers model in float32 with random weights; `fields` of the `config.json` have other values."""
     import torch
     import transformers
 
-    contents = values(name)
+    contents = values(name) | fields
     config = transformers.AutoConfig.for_model(**contents)
     config._attn_implementation = "eager"
     kind = transformers.AutoModelForImageTextToText if name in VISUAL else transformers.AutoModelForCausalLM
@@ -181,9 +181,9 @@ def torch_model(name: str, seed: int = 0):
 
 
 @functools.cache
-def pair(name: str):
+def pair(name: str, **fields):
     """(our model, transformers' model) with the same weights, read from the directory that transformers writes."""
-    theirs = torch_model(name)
+    theirs = torch_model(name, **fields)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours, processor = pixel_jax.from_pretrained(Path(folder))
