@@ -58,6 +58,8 @@ def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, tem
     given = types.SimpleNamespace(
         question="Which?",
         video=False,
+        frames=None,
+        fps=None,
         greedy=greedy,
         temperature=temperature,
         seed=0,
