@@ -97,6 +97,7 @@ def test_an_adapter_is_part_of_what_an_evaluation_is(place, tmp_path):
     assert code == 1 and "adapter_weights" in error
 
 
+@pytest.mark.slow
 def test_calls_in_another_format_are_counted_and_named(place, tmp_path):
     """The scripted model writes its calls as ever, but is asked for those of the first checkpoints."""
     flags = ["--config.rollout.call_format=crop_image", "--config.rollout.max_tokens=4096", f"--config.out={tmp_path}"]

@@ -248,6 +248,7 @@ def directory(model, config, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_chat(model, config, tmp_path):
     """Follow-up questions about all images, and transcripts of what was shown."""
