@@ -191,8 +191,13 @@ def test_every_method_by_the_commands(tmp_path):
     """train, erase and eval one after the other, each a process of its own; then the page."""
     network = {"width": 16, "layers": 1, "mlp": 16, "vision_width": 16, "vision_layers": 1, "vision_mlp": 16}
     network |= {"heads": 2, "kv_heads": 2, "vision_heads": 2}
-    settings = {f"base.network.{name}": x for name, x in network.items()}
-    settings |= {"out": tmp_path / "out", "cells": tmp_path / "cells", "base.each": 4, "base.training.epochs": 1}
+    settings = {
+        "base.network": network,
+        "out": tmp_path / "out",
+        "cells": tmp_path / "cells",
+        "base.each": 4,
+        "base.training.epochs": 1,
+    }
     settings |= {"data.each": 6, "data.examples": 20, "data.tests": 16, "training.epochs": 2, "training.batch": 5}
     settings |= {"erasure.micro_batch": 10, "batch": 5, "rows": 8, "seeds": "(0,)", "adapter.rank": 2}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
