@@ -133,6 +133,7 @@ def test_what_a_rollout_records_is_of_the_policy_that_wrote(monkeypatch, switche
     jax.clear_caches()
     expected = to_host(rollout(model, prompts, key, scripted_model.CONFIG))
     np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-4)
-    assert np.abs(found.logprobs - plain.logprobs).max() > 1e-4 or not np.array_equal(found.tokens, plain.tokens)
+    # The scripted model is sure of what it writes: rounding changes no token, and log-probabilities little.
+    np.testing.assert_array_equal(found.tokens, plain.tokens)
+    assert np.abs(found.logprobs - expected.logprobs).max() < np.abs(found.logprobs - plain.logprobs).max() / 4
     jax.clear_caches()
