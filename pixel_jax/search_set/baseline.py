@@ -46,7 +46,7 @@ def run(out: pathlib.Path, training: QuickstartConfig, asking: Any, made_of: Set
     """
     began, folder = time.monotonic(), out / "set"
     wanted = dataclasses.asdict(made_of) | {"tiers": list(made_of.tiers)}
-    note = read_note(folder / "set.json", lambda note: all(note.get(name) == value for name, value in wanted.items()))
+    note = read_note(folder / "set.json", lambda note: isinstance(note, dict) and note.get("settings") == wanted)
     note = note or write_set(folder, made_of)
     seed = out / f"seed-{training.seed}"
     result = run_seed(training, seed)

@@ -165,7 +165,7 @@ def write_set(out: pathlib.Path, config: SetConfig) -> dict[str, Any]:
             counts[f"{tier.name}/{split}"] = len(rows)
             used |= {row["photograph"] for row in rows}
     note = {
-        **dataclasses.asdict(config),
+        "settings": dataclasses.asdict(config),
         "items": counts,
         "sha256": digest.hexdigest(),  # of all pictures and lines, in order
         "versions": {name: importlib.metadata.version(name) for name in ("pillow", "numpy")},
