@@ -174,6 +174,7 @@ MISSING = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_greedy_conversations_are_those_of_transformers(model, config, tmp_path):
     save_pretrained(model, None, tmp_path)

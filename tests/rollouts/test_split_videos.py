@@ -68,6 +68,7 @@ def processor(model, limits):
     return Processor(words.tokenizer, **known, min_pixels=low, max_pixels=high)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_greedy_conversations_are_those_of_transformers(model, config, tmp_path):
     """Each turn of a rollout is what `generate` writes behind what the row has read, from pixels that the processor made."""

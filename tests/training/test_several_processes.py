@@ -104,6 +104,7 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_been(tmp_path, count, 
     assert whole == parts and len(whole) == 3
 
 
+@pytest.mark.slow
 def test_when_one_dies_the_others_say_so_and_end(tmp_path):
     event = {"signal": int(signal.SIGKILL), "victim": 1, "batch": 1}
     (code, said), (killed, _) = fleet.wait(start(2, tmp_path, mesh={"data": 2}, steps=12, **event))
