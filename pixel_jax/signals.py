@@ -13,6 +13,7 @@ from typing import NoReturn
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
 WORDS = 3.0  # seconds that the last output may take: the reader of standard output may have stopped reading
+SAVES = "It saves and ends; Ctrl-C again ends it at once."
 
 
 class Signals:
@@ -27,7 +28,7 @@ class Signals:
         self.name: str | None = None
         self._saves = False
         self._interrupts = 0
-        self._words = "It saves and ends; Ctrl-C again ends it at once."
+        self._words = SAVES
         self._pipe: tuple[socket.socket, socket.socket] | None = None
         self._last: list[Callable[[], None]] = []
 
@@ -48,10 +49,10 @@ class Signals:
         signal.signal(signal.SIGINT, self._take)
         threading.Thread(target=self._hear, args=(reader,), daemon=True, name="signals").start()
 
-    def save_first(self) -> None:
-        """Makes SIGTERM and the first Ctrl-C only set `told`; a second Ctrl-C ends the program."""
+    def save_first(self, words: str = SAVES) -> None:
+        """Makes SIGTERM and the first Ctrl-C only set `told` and say `words`, if any; a second Ctrl-C ends the program."""
         self.listen(self.name)
-        self._saves = True
+        self._saves, self._words = True, words
         signal.signal(signal.SIGTERM, self._take)
 
     @contextlib.contextmanager
@@ -93,7 +94,8 @@ class Signals:
         if not self._saves or self._interrupts > 1:
             end(INTERRUPTED, f"{self.name}: interrupted" if self.name else "", self._last)
         self.told = True
-        _within(WORDS, lambda: print(f"\n{self._words}", file=sys.stderr, flush=True))
+        if self._words:
+            _within(WORDS, lambda: print(f"\n{self._words}", file=sys.stderr, flush=True))
 
 
 def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> NoReturn:

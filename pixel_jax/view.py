@@ -79,28 +79,21 @@ def show(paths: Sequence[pathlib.Path], source: "Source") -> None:
     index = Index(runs, names_of(paths))
     with Waiting("reading the runs"):
         index.refresh()
-    SIGNALS.save_first()
+    SIGNALS.save_first("")  # there is nothing to save: it ends at once
     say(f"{len(index.traces)} traces at http://{HOST}:{listener.getsockname()[1]}/, until Ctrl-C")
     asyncio.run(serve(make_app(index), listener))
 
 
 async def serve(app: "ASGIApp", listener: "socket.socket") -> None:
     """Answers requests until SIGTERM or Ctrl-C."""
-    from pixel_jax.serving.http import make_server
+    from pixel_jax.serving.http import serve_until
     from pixel_jax.signals import SIGNALS
 
-    server = make_server(app)
-
-    async def watch() -> None:
+    async def told() -> None:
         while not SIGNALS.told:
             await asyncio.sleep(0.05)
-        server.should_exit = True
 
-    watching = asyncio.ensure_future(watch())
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        watching.cancel()
+    await serve_until(told, app, listener)
 
 
 def names_of(paths: Sequence[pathlib.Path]) -> list[str]:

@@ -1,11 +1,12 @@
 """What every local server here has in common: the socket, the names that it answers to, and how it ends."""
 
+import asyncio
 import contextlib
 import errno
 import re
 import socket
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 from pixel_jax.cli import UserError
 
@@ -81,3 +82,18 @@ def make_server(app: "ASGIApp") -> "uvicorn.Server":
         h11_max_incomplete_event_size=1 << 16, http="h11", lifespan="off", ws="none",
     )  # fmt: skip
     return Server(config)
+
+
+async def serve_until(end: Callable[[], Coroutine[Any, Any, None]], app: "ASGIApp", listener: socket.socket) -> None:
+    """Answers requests until `end`, which runs meanwhile, returns."""
+    server = make_server(app)
+
+    async def watch() -> None:
+        await end()
+        server.should_exit = True
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watching.cancel()

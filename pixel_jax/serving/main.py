@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pixel_jax.cli import UserError
-from pixel_jax.serving.http import bracketed, listen, make_server
+from pixel_jax.serving.http import bracketed, listen, serve_until
 from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.signals import SIGNALS
 from pixel_jax.terminal import say
@@ -99,7 +99,7 @@ def main(command: str, arguments: list[str]) -> None:
         app = make_app(engine, speakers, hosts=hosts, key=key, body_bytes=FLAGS.body_mb << 20)
         host, port = listener.getsockname()[:2]
         names = ", ".join(map(repr, speakers))
-        SIGNALS.save_first()
+        SIGNALS.save_first("It ends when the requests that came are answered; Ctrl-C again ends it at once.")
         say(f"{names} at http://{bracketed(host)}:{port}/v1, {'with' if key else 'without'} an API key")
         asyncio.run(serve(app, engine, listener))
         if engine.failed is not None:
@@ -152,9 +152,8 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
 
 async def serve(app: "ASGIApp", engine: "Engine", listener: socket.socket) -> None:
     """Answers requests until SIGTERM or Ctrl-C. Then new requests get 503, and it returns when the others are answered."""
-    server = make_server(app)
 
-    async def watch() -> None:
+    async def finished() -> None:
         while not (SIGNALS.told or engine.failed is not None):
             await asyncio.sleep(0.05)
         engine.close()
@@ -162,11 +161,8 @@ async def serve(app: "ASGIApp", engine: "Engine", listener: socket.socket) -> No
             say("No more requests are taken; those that came are answered.", sys.stderr)
         while not engine.idle:
             await asyncio.sleep(0.05)
-        server.should_exit = True
 
-    watching = asyncio.ensure_future(watch())
     try:
-        await server.serve(sockets=[listener])
+        await serve_until(finished, app, listener)
     finally:
-        watching.cancel()
         engine.close()
