@@ -81,7 +81,7 @@ def keys(module_name: str) -> set[str]:
     """The settings of a command's config and its sections, dotted."""
     module = importlib.import_module(module_name)
     classes = [module.SETTINGS] if hasattr(module, "SETTINGS") else []
-    classes += [f"{package}.config:{name}" for package, name in getattr(module, "TASKS", {}).values()]
+    classes += [task.config for task in getattr(module, "TASKS", {}).values()]
     found = set()
     for where, _, name in (text.partition(":") for text in classes):
         found |= {setting.key for setting in settings(getattr(importlib.import_module(where), name))}

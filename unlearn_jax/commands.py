@@ -20,11 +20,11 @@ has a line for each, `requests/NUMBER/` its adapter, report and page. A request 
 """
 
 import dataclasses
-import importlib
 import os
 import pathlib
+import pkgutil
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 
@@ -37,13 +37,30 @@ FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
 CONFIG_OF_RUN = "unlearn/run"  # where --run is given
-# {config.task: (package with the modules `config`, `edit` and `evaluate`, class of its configuration)}
+
+
+class Task(NamedTuple):
+    """Where the code of a task is: names for `pkgutil.resolve_name`, which imports it when a command needs it."""
+
+    config: str  # the class of its configuration
+    edit: str  # a module or value with `train` and `edit`
+    evaluate: str  # a module or value with `evaluate`
+
+
 TASKS = {
-    "traces": ("unlearn_jax.quickstart", "Config"),
-    "people": ("unlearn_jax.people", "PeopleConfig"),
-    "recommendation": ("unlearn_jax.recommendation", "RecommendationConfig"),
-    "noisy_responses": ("unlearn_jax.noisy_responses", "NoisyResponsesConfig"),
-    "run": ("unlearn_jax.own_run", "RunEditConfig"),
+    "traces": Task(SETTINGS, "unlearn_jax.quickstart.edit", "unlearn_jax.quickstart.evaluate"),
+    "people": Task("unlearn_jax.people.config:PeopleConfig", "unlearn_jax.people.edit", "unlearn_jax.people.evaluate"),
+    "recommendation": Task(
+        "unlearn_jax.recommendation.config:RecommendationConfig",
+        "unlearn_jax.recommendation.study:COMMANDS",
+        "unlearn_jax.recommendation.study:COMMANDS",
+    ),
+    "noisy_responses": Task(
+        "unlearn_jax.noisy_responses.config:NoisyResponsesConfig",
+        "unlearn_jax.noisy_responses.study:COMMANDS",
+        "unlearn_jax.noisy_responses.study:COMMANDS",
+    ),
+    "run": Task("unlearn_jax.own_run.config:RunEditConfig", "unlearn_jax.own_run.edit", "unlearn_jax.own_run.evaluate"),
 }
 
 
@@ -82,9 +99,8 @@ def main(command: str, arguments: list[str]) -> None:
         if name != "run":
             raise UserError(f"--run={FLAGS.run} goes with --config={CONFIG_OF_RUN}, not with one of task {name!r}")
         FLAGS.config.run = FLAGS.run
-    package, settings = TASKS[name]
-    module = lambda part: importlib.import_module(f"{package}.{part}")
-    config = load(getattr(module("config"), settings), FLAGS.config)
+    task = TASKS[name]
+    config = load(pkgutil.resolve_name(task.config), FLAGS.config)
     if FLAGS.adapter is not None:
         if name != "traces":
             raise UserError(
@@ -99,11 +115,11 @@ def main(command: str, arguments: list[str]) -> None:
         announce_compiles()
     with hold(config.out, is_main_process()):
         if command == "train":
-            module("edit").train(config, mesh)
+            pkgutil.resolve_name(task.edit).train(config, mesh)
         elif command == "erase":
-            module("edit").edit(config, requests, mesh, show_content=FLAGS.show_content)
+            pkgutil.resolve_name(task.edit).edit(config, requests, mesh, show_content=FLAGS.show_content)
         else:
-            module("evaluate").evaluate(config, mesh)
+            pkgutil.resolve_name(task.evaluate).evaluate(config, mesh)
 
 
 def start(devices: int | None) -> "Mesh | None":

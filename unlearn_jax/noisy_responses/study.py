@@ -23,6 +23,8 @@ from unlearn_jax.noisy_responses.base import base_model
 from unlearn_jax.noisy_responses.config import NoisyResponsesConfig
 from unlearn_jax.noisy_responses.questions import ChoiceQuestion, draw, split_pictures
 from unlearn_jax.noisy_responses.readers import READERS
+from unlearn_jax.noisy_responses.report import REPORT
+from unlearn_jax.studies.commands import StudyCommands
 from unlearn_jax.studies.study import RESPONSE, Arrays, Case, Study, fresh_adapter
 
 
@@ -164,3 +166,6 @@ def choice_scores(questions: Sequence[ChoiceQuestion], chosen: np.ndarray) -> di
         both = int((said & meant).sum())
         scores["f1"] = 2 * both / max(1, int(said.sum() + meant.sum()))
     return {**scores, **{f"accuracy: {name}": share for name, share in shares.items()}}
+
+
+COMMANDS = StudyCommands(NoisyResponsesStudy.of, REPORT.columns)

@@ -5,9 +5,6 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from pixel_jax.config import ConfigError
-from pixel_jax.identity import changes, flatten
-from pixel_jax.state_files import read_note
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.requests.replay import TrainingRecipe
 from unlearn_jax.requests.task import RequestsConfig
@@ -74,14 +71,3 @@ class PeopleConfig:
         """The settings that an adapter depends on, as JSON."""
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         return {name: values[name] for name in ("corpus", "network", "training", "seed")}
-
-    def check_trained(self) -> None:
-        """Raises ConfigError unless the adapter in `out` was trained with this configuration."""
-        trained = read_note(self.directory / "config.json")
-        if trained is None:
-            raise ConfigError(f"{self.out} holds no adapter: run `unlearn-jax train` with the same --config.out first")
-        for name, (old, new) in changes(flatten(trained), flatten(self.trained())).items():
-            raise ConfigError(
-                f"config.{name} is {new!r}, the adapter in {self.out} was trained with {old!r}: "
-                f"give --config.{name} as it was, or train in another --config.out"
-            )

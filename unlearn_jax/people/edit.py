@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import is_main_process, say
-from pixel_jax.state_files import read_note, write_json
+from pixel_jax.state_files import write_json
 from unlearn_jax import tree
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.objective import dataset_objective
@@ -17,7 +17,7 @@ from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.carry_out import carry_out
 from unlearn_jax.requests.log import ADAPTER, LogEntry
 from unlearn_jax.requests.request import Request
-from unlearn_jax.requests.task import record_training, refuse_training_again
+from unlearn_jax.requests.task import SETTINGS, check_trained, record_training, refuse_another_training
 
 
 def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
@@ -26,9 +26,7 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     Returns:
         The metrics of the training.
     """
-    if read_note(config.directory / "config.json") is not None:
-        config.check_trained()  # the same adapter is trained again; one of other settings is not overwritten
-    refuse_training_again(config.directory)
+    refuse_another_training(config.directory, config.trained())
     task, begun = PeopleTask.of(config, mesh), time.perf_counter()
     items = task.items()
     adapter, spent = task.train(items, np.ones(len(items)), keep=True)
@@ -41,7 +39,7 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     task.save(config.directory / ADAPTER, adapter)
     record_training(task, norm)
     if is_main_process():
-        write_json(config.directory / "config.json", config.trained())
+        write_json(config.directory / SETTINGS, config.trained())
     metrics = {
         "examples": float(len(items)),
         "example_gradients": spent,
@@ -74,7 +72,7 @@ def edit(
     Returns:
         The new entries of the log.
     """
-    config.check_trained()
+    check_trained(config.directory, config.trained())
     task = PeopleTask.of(config, mesh)
     if requests is None:
         sets = task.corpus.forget

@@ -28,11 +28,12 @@ from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.people.corpus import QuestionRow
 from unlearn_jax.people.model import int4, merged, silent
 from unlearn_jax.people.task import PeopleTask
-from unlearn_jax.quickstart.measure import table
 from unlearn_jax.requests.carry_out import State
 from unlearn_jax.requests.log import ADAPTER, LOG, REPORT, folder
+from unlearn_jax.requests.measure import table
 from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
 from unlearn_jax.requests.state import Change
+from unlearn_jax.requests.task import check_trained
 
 EVALUATION = "evaluation.json"
 DESCENTS: Mapping[str, Callable[..., Trained]] = {
@@ -195,7 +196,7 @@ def _divergences(loss: Loss, params: Params, other: Loss, reference: Params, exa
 
 def evaluate(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, dict[str, float]]:
     """Scores the adapters after all requests of the log; returns {adapter: metrics} and writes it to `config.out`."""
-    config.check_trained()
+    check_trained(config.directory, config.trained())
     if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
     task = PeopleTask.of(config, mesh)

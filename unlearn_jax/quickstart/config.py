@@ -5,10 +5,7 @@ import json
 import pathlib
 from typing import Any, Literal
 
-from pixel_jax.config import ConfigError
-from pixel_jax.identity import changes, flatten
 from pixel_jax.quickstart.miniature import SceneConfig
-from pixel_jax.state_files import read_note
 from pixel_jax.train_config import LoRAConfig
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.requests.task import RequestsConfig
@@ -81,15 +78,3 @@ class Config:
             **{name: values[name] for name in ("model", "traces", "adapter", "training", "seed", "start")},
             "erasure": objective,
         }
-
-    def check_trained(self) -> None:
-        """Raises ConfigError unless the adapter in `out` was trained with this configuration."""
-        path = self.directory / "config.json"
-        trained = read_note(path)
-        if trained is None:
-            raise ConfigError(f"{self.out} holds no adapter: run `unlearn-jax train` with the same --config.out first")
-        for name, (old, new) in changes(flatten(trained), flatten(self.trained())).items():
-            raise ConfigError(
-                f"config.{name} is {new!r}, the adapter in {self.out} was trained with {old!r}: "
-                f"give --config.{name} as it was, or train in another --config.out"
-            )

@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import say
-from pixel_jax.state_files import read_note
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.quickstart.adapter_run import AdapterRun
 from unlearn_jax.quickstart.config import Config
@@ -16,14 +15,12 @@ from unlearn_jax.quickstart.traces import example_requests
 from unlearn_jax.requests.carry_out import carry_out
 from unlearn_jax.requests.log import ADAPTER, LogEntry
 from unlearn_jax.requests.request import Request
-from unlearn_jax.requests.task import record_training, refuse_training_again
+from unlearn_jax.requests.task import SETTINGS, check_trained, record_training, refuse_another_training
 
 
 def train(config: Config, mesh: Mesh | None = None) -> dict:
     """Trains an adapter; writes it, the configuration and the loss of every step to `config.out`, and returns the metrics."""
-    if read_note(config.directory / "config.json") is not None:
-        config.check_trained()  # the same adapter is trained again; one of other settings is not overwritten
-    refuse_training_again(config.directory)
+    refuse_another_training(config.directory, config.trained())
     run = AdapterRun.of(config, mesh)
     task = TraceTask(run)
     dataset = Dataset.of(task.encode(task.items()))
@@ -43,7 +40,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     run.save(config.directory / ADAPTER, trained.adapter)
     record_training(task, norm)
     run.write("curve.json", {**metrics, "values": trained.values.tolist()})
-    run.write("config.json", config.trained())
+    run.write(SETTINGS, config.trained())
     say(
         f"{metrics['steps']} steps in {metrics['seconds']:.0f} s: objective {trained.values[0]:.4f} -> "
         f"{metrics['objective']:.4f}, gradient {norm:.1e}\nThe adapter is in {config.directory / ADAPTER}."
@@ -65,6 +62,6 @@ def edit(
     Returns:
         The new entries of the log.
     """
-    config.check_trained()
+    check_trained(config.directory, config.trained())
     task = TraceTask(AdapterRun.of(config, mesh))
     return carry_out(task, example_requests(task.items()) if requests is None else requests, show_content=show_content)

@@ -16,11 +16,13 @@ from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
 from unlearn_jax.quickstart.adapter_run import AdapterRun, put, to_host
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.measure import Measure, Memory, table
+from unlearn_jax.quickstart.measure import Measure, Memory
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.requests.carry_out import State
 from unlearn_jax.requests.log import ADAPTER, LOG, REPORT, folder
+from unlearn_jax.requests.measure import table
 from unlearn_jax.requests.state import Change
+from unlearn_jax.requests.task import check_trained
 
 WARM, EVALUATION = "warm.safetensors", "evaluation.json"
 
@@ -33,7 +35,7 @@ DESCENTS: dict[str, Callable[..., Trained]] = {
 
 def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     """Scores the adapters after all requests of the log; returns {adapter: numbers} and writes it to `config.out`."""
-    config.check_trained()
+    check_trained(config.directory, config.trained())
     if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
     run = AdapterRun.of(config, mesh)

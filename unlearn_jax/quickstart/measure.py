@@ -1,13 +1,11 @@
-"""Measures of adapters on the traces: losses, distances, memorisation; and tables of numbers as text."""
+"""Measures of adapters on the traces: losses, distances, memorisation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jax.tree_util import Partial
 
-from pixel_jax import terminal
 from pixel_jax.data.traces import Trace
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.pbrf import divergence
@@ -105,16 +103,3 @@ class Memory:
     def _statistics(self, adapter: Params) -> TokenStatistics:
         run = self.run
         return score(run.loss, adapter, self.examples, micro_batch=run.config.erasure.micro_batch, mesh=run.mesh)
-
-
-def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
-    """Formats {row: {column: value}} as text; columns are in the order in which they first appear."""
-    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [(name, *(_cell(row.get(column)) for column in columns)) for name, row in rows.items()]
-    return terminal.table_text(terminal.table((corner, *columns), cells))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

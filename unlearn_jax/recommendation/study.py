@@ -25,6 +25,8 @@ from unlearn_jax.recommendation.generation import ReadQuestions
 from unlearn_jax.recommendation.ratings import Ratings, Row, draw_rows, split_users
 from unlearn_jax.recommendation.readers import READERS
 from unlearn_jax.recommendation.recommender import BLOCK, Encoded, Recommender, examples
+from unlearn_jax.recommendation.report import REPORT
+from unlearn_jax.studies.commands import StudyCommands
 from unlearn_jax.studies.installed import located
 from unlearn_jax.studies.study import REMOVE, Arrays, Case, Study
 
@@ -214,3 +216,6 @@ class TestSpeaker:
         recommender = self.study.recommender
         stop = {recommender.ids("\n")[0], recommender.tokenizer.eos_token_id} - {None}
         return self.study.questions.answers(self.stacked, self.study.config.data.answer, sorted(stop))
+
+
+COMMANDS = StudyCommands(RecommendationStudy.of, REPORT.columns)

@@ -2,13 +2,15 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
+from pixel_jax.config import ConfigError
 from pixel_jax.files import write_file
+from pixel_jax.identity import changes, flatten
 from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.state_files import read_note, to_json
 from unlearn_jax.arrays import Params
@@ -20,7 +22,7 @@ from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Items, content_hash
 
 Item = TypeVar("Item")
-RECORD = "trained.json"
+RECORD, SETTINGS = "trained.json", "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +135,27 @@ def record_training(task: RequestTask, gradient: float) -> None:
         write_file(task.directory / RECORD, to_json(values, indent=1) + "\n")
 
 
-def refuse_training_again(directory: pathlib.Path) -> None:
-    """Raises EditRequestError where requests have been carried out, because another training would undo them."""
+def check_trained(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the adapter in a directory was trained with these settings."""
+    trained = read_note(directory / SETTINGS)
+    if trained is None:
+        raise ConfigError(f"{directory} holds no adapter: run `unlearn-jax train` with the same --config.out first")
+    for name, (old, new) in changes(flatten(trained), flatten(settings)).items():
+        raise ConfigError(
+            f"config.{name} is {new!r}, the adapter in {directory} was trained with {old!r}: "
+            f"give --config.{name} as it was, or train in another --config.out"
+        )
+
+
+def refuse_another_training(directory: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Checks that a training would overwrite nothing but an adapter with the same settings.
+
+    Raises:
+        ConfigError: there is an adapter that was trained with other settings.
+        EditRequestError: requests have been carried out, which another training would undo.
+    """
+    if read_note(directory / SETTINGS) is not None:
+        check_trained(directory, settings)
     if (directory / LOG).exists():
         raise EditRequestError(f"{directory} has a log of requests: train in another --config.out")
 

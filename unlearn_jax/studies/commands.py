@@ -1,7 +1,8 @@
 """`unlearn-jax train`, `erase` and `eval` of a study: its cells, and its table."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic
 
 from jax.sharding import Mesh
 
@@ -9,47 +10,52 @@ from pixel_jax.cli import UserError
 from pixel_jax.terminal import say
 from unlearn_jax.requests.request import Request
 from unlearn_jax.studies.cells import Cell, cells_of, read_cell, run_cells
-from unlearn_jax.studies.config import StudyConfig
-from unlearn_jax.studies.study import Study
+from unlearn_jax.studies.methods import REFERENCES
+from unlearn_jax.studies.study import C, Study
 from unlearn_jax.studies.table import Columns, rows_of, text
 
-C = TypeVar("C", bound=StudyConfig)
 
+@dataclasses.dataclass(frozen=True)
+class StudyCommands(Generic[C]):
+    """The commands of a kind of studies. None of them computes a finished cell again, so that an interrupted one continues."""
 
-def refuse_requests(task: str, requests: Sequence[Request] | None, show_content: bool) -> None:
-    """Raises UserError if requests are given to a study, which carries out none."""
-    if requests is not None or show_content:
-        raise UserError(f"config.task={task} carries out no requests: its edits are config.edits and config.shares")
+    make: Callable[[C], Study[C]]  # the study of a configuration
+    columns: Columns  # of the table
 
+    def train(self, config: C, mesh: Mesh | None = None) -> list[Cell]:
+        """Computes the cells of the trained adapters and of retraining, and returns them."""
+        return self._compute(config, REFERENCES, mesh)
 
-def compute(
-    make: Callable[[C], Study], task: str, config: C, methods: Sequence[str] | None, mesh: Mesh | None
-) -> list[Cell]:
-    """Computes the cells of some methods; None: of all methods.
+    def edit(
+        self,
+        config: C,
+        requests: Sequence[Request] | None = None,
+        mesh: Mesh | None = None,
+        *,
+        show_content: bool = False,
+    ) -> list[Cell]:
+        """Computes the cells of `erase`, trains the adapters that they need, and returns the cells.
 
-    Args:
-        make: makes the study of a configuration.
-        task: its name, for messages.
-        config: of the study.
-        methods: names of `methods.METHODS`.
-        mesh: None.
+        Raises:
+            UserError: requests are given, which a study does not carry out.
+        """
+        if requests is not None or show_content:
+            raise UserError(
+                f"config.task={config.task} carries out no requests: its edits are config.edits and config.shares"
+            )
+        return self._compute(config, ("erase",), mesh)
 
-    Returns:
-        The cells.
+    def evaluate(self, config: C, mesh: Mesh | None = None) -> list[dict[str, Any]]:
+        """Computes all cells, shows the table, and returns the finished cells of all seeds but the tuning seed."""
+        cells = [read_cell(config, cell) for cell in self._compute(config, None, mesh)]
+        finished = [cell for cell in cells if cell is not None and cell["seed"] != config.tuning_seed]
+        say("\n" + text(rows_of(finished, self.columns), self.columns) + "\n")
+        return finished
 
-    Raises:
-        UserError: a mesh is given.
-    """
-    if mesh is not None:
-        raise UserError(f"config.task={task} runs on one device: leave --devices out")
-    wanted = [cell for cell in cells_of(config) if methods is None or cell.method in methods]
-    run_cells(make(config), wanted)
-    return wanted
-
-
-def show(config: StudyConfig, cells: Sequence[Cell], columns: Columns) -> list[dict[str, Any]]:
-    """Shows the table of finished cells; returns those of all seeds but the tuning seed."""
-    found = [read_cell(config, cell) for cell in cells]
-    finished = [cell for cell in found if cell is not None and cell["seed"] != config.tuning_seed]
-    say("\n" + text(rows_of(finished, columns), columns) + "\n")
-    return finished
+    def _compute(self, config: C, methods: Sequence[str] | None, mesh: Mesh | None) -> list[Cell]:
+        """Computes the cells of some methods, or with None of all; raises UserError if a mesh is given."""
+        if mesh is not None:
+            raise UserError(f"config.task={config.task} runs on one device: leave --devices out")
+        wanted = [cell for cell in cells_of(config) if methods is None or cell.method in methods]
+        run_cells(self.make(config), wanted)
+        return wanted

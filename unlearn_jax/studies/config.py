@@ -1,5 +1,6 @@
 """The settings that all studies have."""
 
+import abc
 import dataclasses
 import json
 import pathlib
@@ -14,9 +15,10 @@ COMMON = ("training", "erasure", "learning_rates", "tuning_share", "batch", "row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class StudyConfig(abc.ABC):
     """The settings of a study. Subclasses add the data and the model."""
 
+    task: str  # a name of `unlearn_jax.commands.TASKS`
     out: str  # directory of trained adapters and of what is computed once
     cells: str  # directory of the results, a file for each cell
     training: TrainingRecipe = TrainingRecipe(epochs=5, batch=16, learning_rate=1e-3)
@@ -43,9 +45,9 @@ class StudyConfig:
         """The directory of adapters."""
         return pathlib.Path(self.out)
 
+    @abc.abstractmethod
     def own_identity(self) -> dict[str, Any]:
         """The settings beyond `COMMON` that all cells depend on, as JSON. Paths are not part of them."""
-        raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """The settings that all cells depend on, as JSON."""

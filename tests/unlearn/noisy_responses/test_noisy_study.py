@@ -20,11 +20,10 @@ from pixel_jax.data.example import Example
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
-from unlearn_jax.noisy_responses import edit
 from unlearn_jax.noisy_responses.answerer import first_logits
 from unlearn_jax.noisy_responses.questions import ChoiceQuestion
 from unlearn_jax.noisy_responses.report import REPORT
-from unlearn_jax.noisy_responses.study import NoisyResponsesStudy, choice_scores
+from unlearn_jax.noisy_responses.study import COMMANDS, NoisyResponsesStudy, choice_scores
 from unlearn_jax.studies.cells import Cell, cells_of, read_cell, run_cells
 from unlearn_jax.studies.methods import METHODS
 from unlearn_jax.studies.page import write_page
@@ -184,7 +183,7 @@ def test_what_a_study_cannot_do_is_said(run, tmp_path):
     with pytest.raises(ConfigError, match=r"match visual\..*: only the decoder has an adapter"):
         NoisyResponsesStudy.of(vision)
     with pytest.raises(UserError, match="noisy_responses carries out no requests"):
-        edit.edit(config, [])
+        COMMANDS.edit(config, [])
 
 
 def test_every_method_by_the_commands(tmp_path):

@@ -11,9 +11,8 @@ from small_study import FEW, make_config, model, tokenizer
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError
-from unlearn_jax.recommendation import edit
 from unlearn_jax.recommendation.report import REPORT, REPORTED
-from unlearn_jax.recommendation.study import RecommendationStudy
+from unlearn_jax.recommendation.study import COMMANDS, RecommendationStudy
 from unlearn_jax.studies import cells
 from unlearn_jax.studies.cells import Cell, best_rate, cells_of, read_cell, run_cells
 from unlearn_jax.studies.methods import METHODS
@@ -187,7 +186,7 @@ def test_what_a_study_cannot_do_is_said(tmp_path):
     with pytest.raises(ConfigError, match="tuning_seed 0 is one of"):
         make_config(tmp_path, tuning_seed=0)
     with pytest.raises(UserError, match="carries out no requests"):
-        edit.edit(make_config(tmp_path), [])
+        COMMANDS.edit(make_config(tmp_path), [])
 
 
 def test_a_stack_of_one_is_the_adapter(run):

@@ -18,7 +18,7 @@ from unlearn_jax.requests import log as log_module
 from unlearn_jax.requests.carry_out import State, carry_out
 from unlearn_jax.requests.log import ADAPTER, LOG, LogError, read_log, verify
 from unlearn_jax.requests.request import EditRequestError
-from unlearn_jax.requests.task import RequestsConfig, refuse_training_again
+from unlearn_jax.requests.task import RequestsConfig, refuse_another_training
 
 REQUESTS = [remove("p3"), answer("p5", "1"), remove("p7", "p8")]
 UNSEEN = remove("p9")
@@ -264,7 +264,7 @@ def test_files_that_were_changed(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "run")
     task = LinearTask(tmp_path / "run")
     with pytest.raises(EditRequestError, match="train in another --config.out"):
-        refuse_training_again(task.directory)
+        refuse_another_training(task.directory, {})
     folder = task.directory / "requests" / "0003"
     kept = (folder / ADAPTER).read_bytes()
     task.save(folder / ADAPTER, {"w": np.ones((4, 3), np.float32)})

@@ -27,7 +27,6 @@ from unlearn_jax.quickstart.adapter_run import AdapterRun
 from unlearn_jax.quickstart.config import Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit, train
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.measure import table
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import (
     TraceItem,
@@ -39,9 +38,10 @@ from unlearn_jax.quickstart.traces import (
     learned_texts,
 )
 from unlearn_jax.requests.log import ADAPTER, LOG, verify
+from unlearn_jax.requests.measure import table
 from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Change, apply_request
-from unlearn_jax.requests.task import RequestsConfig
+from unlearn_jax.requests.task import RequestsConfig, check_trained
 
 ROOT = pathlib.Path(__file__).parent.parent.parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
@@ -306,7 +306,8 @@ def test_a_run_belongs_to_its_configuration(model, tmp_path):
     other = dataclasses.replace(config, erasure=dataclasses.replace(config.erasure, weight_decay=0.5))
     with pytest.raises(ConfigError, match=r"config.erasure.weight_decay is 0.5, .* was trained with 0.01"):
         edit(other)
-    dataclasses.replace(config, erasure=dataclasses.replace(config.erasure, solver=cg(rtol=0.5))).check_trained()
+    other = dataclasses.replace(config, erasure=dataclasses.replace(config.erasure, solver=cg(rtol=0.5)))
+    check_trained(tmp_path, other.trained())
 
 
 # ---- the command line
