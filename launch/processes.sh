@@ -77,7 +77,7 @@ all_of_them() {
         ended=$((ended + 1))
         if [ "$one" != 0 ] && [ "$status" = 0 ]; then
             status=$one
-            [ -n "$stopped" ] || kill -TERM "${processes[@]}" 2>/dev/null || true # told to go once, not while they save
+            [ -n "$stopped" ] || kill -TERM "${processes[@]}" 2>/dev/null || true # asked to stop once, not while they save
         elif [ "$one" != 0 ] && [ "$one" != 143 ] && goes_on "$status" && ! goes_on "$one"; then
             status=$one # and 143 is a process that went as it was told, before it could save itself
         fi

@@ -22,9 +22,9 @@ from pixel_jax.terminal import printable, say, warn
 
 if TYPE_CHECKING:
     from pixel_jax.evaluation.transcript import Transcript
-    from pixel_jax.models.preprocessors import Sampling
+    from pixel_jax.models.preprocessors import FrameSampling
     from pixel_jax.rollouts.prompts import Query
-    from pixel_jax.serving.conversation import Clip, Message, Part, Prompt, Speaker
+    from pixel_jax.serving.conversation import ChatMessage, Clip, Part, Prompt, Speaker
     from pixel_jax.serving.session import Saw, Session
     from pixel_jax.tools.host import HostTools
 
@@ -171,7 +171,7 @@ class Frames(NamedTuple):
     most: int | None = None
     rate: float | None = None
 
-    def of(self, usual: "Sampling") -> "Frames":
+    def of(self, usual: "FrameSampling") -> "Frames":
         """What a person has asked for, or else what is usual for a model."""
         from pixel_jax.data.clips import FRAMES
 
@@ -254,7 +254,7 @@ class Chat:
         frames: Frames = Frames(),  # noqa: B008, never changed
     ):
         self.speaker, self.host, self.seed, self.screen, self.frames = speaker, host, seed, screen, frames
-        self.messages: list[Message] = []
+        self.messages: list[ChatMessage] = []
         self.transcripts: list[Transcript] = []
         self._session: Session | None = None
 
@@ -263,18 +263,18 @@ class Chat:
 
         Raises:
           PromptError: the question has no text, or the conversation cannot be shown; it is as it was before.
-          UserError: `SIGNALS` was told to stop; the conversation is as it was before.
+          UserError: Ctrl-C asked for the end; the conversation is as it was before.
         """
         from pixel_jax.dialog.template import SPECIAL_TOKENS
         from pixel_jax.dialog.unrecognised import format_warning
         from pixel_jax.evaluation.transcript import make_transcript
         from pixel_jax.rollouts.materialize import materialize_on_host
-        from pixel_jax.serving.conversation import Message, prompt_of
+        from pixel_jax.serving.conversation import ChatMessage, prompt_of
         from pixel_jax.serving.session import Reader, Wrote
         from pixel_jax.training.answers import last_boxed
 
         speaker, screen = self.speaker, self.screen
-        messages = [*self.messages, Message("user", (*parts, question))]
+        messages = [*self.messages, ChatMessage("user", (*parts, question))]
         prompt = prompt_of(messages, speaker)
         query = prompt.query
         session = self._session_for(prompt)
@@ -292,7 +292,7 @@ class Chat:
                     else:
                         turns.append("")
                         screen.saw(event, query)
-                if SIGNALS.told:
+                if SIGNALS.requested:
                     raise UserError("the answer was stopped; the conversation is as it was before the question")
         except BaseException:
             self._session = None  # its state is not known
@@ -310,7 +310,7 @@ class Chat:
         self.transcripts.append(
             make_transcript(materialized, 0, query, speaker.vocabulary, tools=speaker.tables.tools, answer=boxed)
         )
-        self.messages = [*messages, Message("assistant", (answer,))]
+        self.messages = [*messages, ChatMessage("assistant", (answer,))]
         return answer
 
     def _session_for(self, prompt: "Prompt") -> "Session":

@@ -24,7 +24,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.told = False  # whether the program was asked to save and stop
+        self.requested = False  # whether the program was asked to save and stop
         self.name: str | None = None
         self._saves = False
         self._interrupts = 0
@@ -50,22 +50,22 @@ class Signals:
         threading.Thread(target=self._hear, args=(reader,), daemon=True, name="signals").start()
 
     def save_first(self, words: str = SAVES) -> None:
-        """Makes SIGTERM and the first Ctrl-C only set `told` and say `words`, if any; a second Ctrl-C ends the program."""
+        """Makes SIGTERM and the first Ctrl-C only set `requested` and say `words`, if any; a second Ctrl-C ends the program."""
         self.listen(self.name)
         self._saves, self._words = True, words
         signal.signal(signal.SIGTERM, self._take)
 
     @contextlib.contextmanager
     def stoppable(self, words: str) -> Iterator[None]:
-        """Makes the first Ctrl-C within the block only set `told` and say `words`; a second one ends the program."""
+        """Makes the first Ctrl-C within the block only set `requested` and say `words`; a second one ends the program."""
         before = self._saves, self._words
-        self.told, self._interrupts = False, 0
+        self.requested, self._interrupts = False, 0
         self._saves, self._words = True, words
         try:
             yield
         finally:
             self._saves, self._words = before
-            self.told, self._interrupts = False, 0
+            self.requested, self._interrupts = False, 0
 
     @contextlib.contextmanager
     def at_end(self, work: Callable[[], None]) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Signals:
 
     def _take(self, number: int, frame) -> None:
         """Handles a signal in the main thread: one that the program sends to itself takes effect before its next line."""
-        self.told = self.told or self._saves
+        self.requested = self.requested or self._saves
 
     def _hear(self, pipe: socket.socket) -> None:
         while numbers := pipe.recv(64):
@@ -87,13 +87,13 @@ class Signals:
                 if number == signal.SIGINT:
                     self._interrupt()
                 elif number == signal.SIGTERM:
-                    self.told = self.told or self._saves
+                    self.requested = self.requested or self._saves
 
     def _interrupt(self) -> None:
         self._interrupts += 1
         if not self._saves or self._interrupts > 1:
             end(INTERRUPTED, f"{self.name}: interrupted" if self.name else "", self._last)
-        self.told = True
+        self.requested = True
         if self._words:
             _within(WORDS, lambda: print(f"\n{self._words}", file=sys.stderr, flush=True))
 

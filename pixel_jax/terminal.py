@@ -117,7 +117,7 @@ def progress(text: Any, stream: TextIO | None = None) -> None:
         say(text, stream or sys.stderr)
 
 
-class Waiting:
+class WaitingLine:
     """Says what the program is doing, with the seconds, as long as it does it and if that takes a while.
 
     On a terminal it is one line that goes when the work has ended; elsewhere it is a line when it is first said.
@@ -165,7 +165,7 @@ class Waiting:
         if self.thread is not None:
             self.thread.join()
 
-    def __enter__(self) -> "Waiting":
+    def __enter__(self) -> "WaitingLine":
         return self
 
     def __exit__(self, *error) -> None:

@@ -52,7 +52,7 @@ def main(command: str, arguments: list[str]) -> None:
     if not arguments:
         raise UserError("give directories of runs: pixel-jax view RUN [RUN ...]")
     language = Language(find_tools(FLAGS.tools or DEFAULT), find_format(FLAGS.call_format))
-    source = Source(FLAGS.most, FLAGS.image_folders, language)
+    source = RunOpener(FLAGS.most, FLAGS.image_folders, language)
     paths = [pathlib.Path(argument) for argument in arguments]
     if FLAGS.out is not None:
         say(draw(paths, FLAGS.out, source))
@@ -63,21 +63,21 @@ def main(command: str, arguments: list[str]) -> None:
 # ---- served
 
 
-def show(paths: Sequence[pathlib.Path], source: "Source") -> None:
-    """Serves the page until it is told to end."""
+def show(paths: Sequence[pathlib.Path], source: "RunOpener") -> None:
+    """Serves the page until Ctrl-C or SIGTERM."""
     try:
         from pixel_jax.viewer.app import make_app
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]', or give --out=FILE") from None
     from pixel_jax.serving.http import listen
     from pixel_jax.signals import SIGNALS
-    from pixel_jax.terminal import Waiting, say
+    from pixel_jax.terminal import WaitingLine, say
     from pixel_jax.viewer.index import Index
 
     runs = [source.open(path) for path in paths]
     listener = listen(HOST, FLAGS.port)
     index = Index(runs, names_of(paths))
-    with Waiting("reading the runs"):
+    with WaitingLine("reading the runs"):
         index.refresh()
     SIGNALS.save_first("")  # there is nothing to save: it ends at once
     say(f"{len(index.traces)} traces at http://{HOST}:{listener.getsockname()[1]}/, until Ctrl-C")
@@ -89,11 +89,11 @@ async def serve(app: "ASGIApp", listener: "socket.socket") -> None:
     from pixel_jax.serving.http import serve_until
     from pixel_jax.signals import SIGNALS
 
-    async def told() -> None:
-        while not SIGNALS.told:
+    async def stop_requested() -> None:
+        while not SIGNALS.requested:
             await asyncio.sleep(0.05)
 
-    await serve_until(told, app, listener)
+    await serve_until(stop_requested, app, listener)
 
 
 def names_of(paths: Sequence[pathlib.Path]) -> list[str]:
@@ -106,8 +106,8 @@ def names_of(paths: Sequence[pathlib.Path]) -> list[str]:
     return [f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-class Source:
-    """How what the command line names is read.
+class RunOpener:
+    """Opens what the command line names.
 
     Args:
         most: traces that are drawn of `traces.jsonl` and of files that belong to no run.
@@ -161,7 +161,7 @@ def traces_in(directory: pathlib.Path) -> list[pathlib.Path]:
 # ---- written
 
 
-def draw(paths: Sequence[pathlib.Path], out: str, source: Source) -> str:
+def draw(paths: Sequence[pathlib.Path], out: str, source: RunOpener) -> str:
     """Writes one page of everything.
 
     Args:
@@ -200,7 +200,7 @@ class Drawn(NamedTuple):
     data: Mapping[str, Any] | None = None  # numbers that the page embeds
 
 
-def drawn(what: pathlib.Path, source: Source) -> Drawn:
+def drawn(what: pathlib.Path, source: RunOpener) -> Drawn:
     """Draws a directory or file. UserError: there is nothing to draw."""
     from pixel_jax.evaluation import report, summary, transcript
     from pixel_jax.files import FileError

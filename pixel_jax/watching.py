@@ -22,7 +22,7 @@ from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.terminal import warn
 from pixel_jax.train_config import TrainConfig
-from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together
+from pixel_jax.training.looks import AllLooks, Asker, HeldOutLoss, Sampling
 from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.watch import Look, WatchConfig
 
@@ -167,7 +167,7 @@ class HeldOutLooks(NamedTuple):
                 max_new_tokens=min(config.rollout.max_new_tokens, longest),
             )
             looks += self.ask(judging, self.auto_shapes, limits, ScorerConfig(), phase.forward.compute_dtype)
-        return Together(*looks)
+        return AllLooks(*looks)
 
     def of_learning(self, judging: Sequence[Example], shapes: Sequence[BatchShape]) -> Look | None:
         """Makes a look at the model's answers to held-out questions, in the shapes of the questions of training."""

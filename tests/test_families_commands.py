@@ -101,7 +101,7 @@ QWEN3_5 = """{%- macro render_content(content) %}
 
 
 def chain_of(start: str, *calls: str) -> dict[str, dict[str, float]]:
-    """A talker that calls or answers where a turn begins."""
+    """A scripted model that calls or answers where a turn begins."""
     if not calls:
         return {start: ANSWERS, **dict.fromkeys(ANSWERS, {END: 1.0})}
     chain = {start: {"<tool_call>": 0.5, **ANSWERS}, "<tool_call>": dict.fromkeys(calls, 1 / len(calls))}

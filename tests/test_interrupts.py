@@ -109,4 +109,4 @@ def test_a_picture_that_never_comes(number, times, code, place, model, tmp_path)
         process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode in {code, CODE} and "Traceback" not in said + rest
-    assert ("told to go; 0 of 60 steps are done and saved" in rest) is (process.returncode == CODE)
+    assert ("asked to stop; 0 of 60 steps are done and saved" in rest) is (process.returncode == CODE)

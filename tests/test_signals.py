@@ -94,7 +94,7 @@ def test_a_forked_child_is_not_heard_twice():
         "import os; SIGNALS.listen('x'); SIGNALS.save_first(); child = os.fork(); child or (time.sleep(1), os._exit(0))"
     )
     process = start(
-        code, "time.sleep(0.3); os.kill(child, 2); os.waitpid(child, 0); print(SIGNALS.told, file=sys.stderr)"
+        code, "time.sleep(0.3); os.kill(child, 2); os.waitpid(child, 0); print(SIGNALS.requested, file=sys.stderr)"
     )
     assert process.communicate(timeout=30)[1] == "False\n"
 
@@ -105,9 +105,9 @@ SIGNALS.listen("pixel-jax chat")
 for _ in range(2):
     with SIGNALS.stoppable("It is stopped."):
         print("works", file=sys.stderr, flush=True)
-        while not SIGNALS.told: time.sleep(0.01)
+        while not SIGNALS.requested: time.sleep(0.01)
         time.sleep(0.2)
-    assert not SIGNALS.told
+    assert not SIGNALS.requested
 print("goes on", file=sys.stderr, flush=True)
 time.sleep(600)
 """

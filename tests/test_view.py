@@ -20,7 +20,7 @@ from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools import CROP_IMAGE, ROTATE
 from pixel_jax.training.writers import MetricsLog
-from pixel_jax.view import Source, draw, written_traces
+from pixel_jax.view import RunOpener, draw, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
 from tests.rollouts import scripted_model
@@ -29,7 +29,7 @@ from tests.rollouts import scripted_model
 def look(what, tmp_path, **more):
     """What is said, and the page."""
     page = tmp_path / "page.html"
-    said = draw([what] if isinstance(what, pathlib.Path) else what, str(page), Source(**({"most": 100} | more)))
+    said = draw([what] if isinstance(what, pathlib.Path) else what, str(page), RunOpener(**({"most": 100} | more)))
     return said, page.read_text()
 
 

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
             "max_side": limits.max_side,
         }
     }
-    config.opening = SENTENCES.answer  # the model knows no other prompt than that of its training
+    config.assistant_prefix = SENTENCES.answer  # the model knows no other prompt than that of its training
     config.modes = ("operations", "none", "blank", "blind", "evidence")
     config.batch = 50
     config.rollout = ConfigDict(limits)

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pixel_jax.bench.checklist import Checklist, Kind, Rows, phases_of, size_text
+from pixel_jax.bench.checklist import Checklist, Kind, UsableExamples, phases_of, size_text
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import sequence_shards, shardings
@@ -25,7 +25,7 @@ from pixel_jax.training.state import TrainState
 from pixel_jax.training.steps import ForwardConfig
 
 
-def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[Kind, bool] | None:
+def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: UsableExamples | None) -> dict[Kind, bool] | None:
     """Adds lines about the memory of answering and of each phase, by formula; returns which fit, None if no weights do."""
     room, config, network = device_memory(), recipe.config, recipe.network
     model = abstract_model(recipe)
@@ -58,7 +58,7 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
     return fits
 
 
-def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int]:
+def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: UsableExamples | None) -> dict[str, int]:
     """Computes the bytes of a device that an update of tuning takes, with one row at a time on each shard."""
     phase = recipe.config.tuning
     state = abstract_state(recipe, phase, phase.steps or 1, mesh)
@@ -70,7 +70,7 @@ def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int
     return parts
 
 
-def learning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int]:
+def learning_bytes(recipe: Recipe, mesh: Mesh, rows: UsableExamples | None) -> dict[str, int]:
     """Computes the bytes that a rollout or an update takes, whichever is more, with one prompt or row on each shard."""
     phase, text = recipe.config.learning, recipe.network.text
     limits = phase.rollout

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.bench.check_memory import memory_lines
 from pixel_jax.bench.check_trial import trial_lines
-from pixel_jax.bench.checklist import Checklist, Kind, Rows, count_text, phases_of, plural, size_text
+from pixel_jax.bench.checklist import Checklist, Kind, UsableExamples, count_text, phases_of, plural, size_text
 from pixel_jax.cli import UserError
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.limits import use_limits
@@ -174,7 +174,7 @@ def tokenizer_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -
 
 def data_lines(
     checks: Checklist, config: TrainConfig, vocabulary: Vocabulary, known: Tables, files: ModelFiles, mesh: Mesh | None
-) -> Rows | None:
+) -> UsableExamples | None:
     """Adds lines about the rows of the data, their faults and how many fit; returns those that do, None if none does."""
     use_limits(config.limits)
     options: dict[str, Any] = {
@@ -232,7 +232,7 @@ def data_lines(
         checks.add("fault", f"and {left_out - SHOWN} more, in {checks.path}", status="note")
     for what, n in report.mended.items():
         checks.add("changed", f"{n} times {what}", status="note")
-    return Rows(kind, fitting, shapes) if fitting else None
+    return UsableExamples(kind, fitting, shapes) if fitting else None
 
 
 def with_room(

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pixel_jax.bench.checklist import Checklist, Kind, Rows, count_text, phases_of, plural
-from pixel_jax.bench.sight import TOKENS, measure_sight
+from pixel_jax.bench.checklist import Checklist, Kind, UsableExamples, count_text, phases_of, plural
+from pixel_jax.bench.image_effect import TOKENS, measure_image_effect
 from pixel_jax.data.prompt_shapes import resized
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.model import Model
@@ -35,7 +35,7 @@ from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import check_report, make_rl_step, make_sft_step
 
 SIDE = 448  # pixels, the longest side of a picture in the trial rollout
-TRIED = 3  # pictures of the data with which sight is measured, at most
+TRIED = 3  # pictures of the data with which the effect of a picture is measured, at most
 
 
 def trial_lines(
@@ -43,7 +43,7 @@ def trial_lines(
     config: TrainConfig,
     vocabulary: Vocabulary | None,
     known: Tables | None,
-    rows: Rows | None,
+    rows: UsableExamples | None,
     fits: dict[Kind, bool],
 ) -> None:
     """Reads the weights, checks that the model sees, and tries one rollout and one update."""
@@ -69,32 +69,32 @@ def trial_lines(
         change(checks, model, config, kind, batch, mesh)
 
 
-def look(checks: Checklist, model: Model, processor: Processor, rows: Rows | None) -> bool:
+def look(checks: Checklist, model: Model, processor: Processor, rows: UsableExamples | None) -> bool:
     """Checks whether the model sees; a model without a vision tower passes."""
     if model.config.vision is None:
         checks.add("sees", "text only: nothing to see")
         return True
-    sight = None
+    effect = None
     for image, question, answer in [*pictures(rows), PICTURE]:
         with contextlib.suppress(ValueError):  # the picture has one colour, or the question a placeholder: try the next
-            sight = measure_sight(model, processor, image, question, answer)
-            if sight.sees:
+            effect = measure_image_effect(model, processor, image, question, answer)
+            if effect.sees:
                 break
-    if sight is None:
+    if effect is None:
         checks.add(
             "sees", "it cannot be asked about a picture", "see that the tokenizer has the family's tokens of pictures"
         )
         return False
-    checks.details["sight"] = sight._asdict()
-    moves = f"{sight.moved:.2g} nats, rounding alone {sight.rounding:.1g}"
-    if sight.sees:
+    checks.details["image_effect"] = effect._asdict()
+    moves = f"{effect.moved:.2g} nats, rounding alone {effect.rounding:.1g}"
+    if effect.sees:
         checks.add("sees", f"yes: without the picture, log-probabilities of an answer move by up to {moves}")
         return True
-    checks.add("sees", f"no: without the picture, log-probabilities of an answer move by {moves}", sight.cause)
+    checks.add("sees", f"no: without the picture, log-probabilities of an answer move by {moves}", effect.cause)
     return False
 
 
-def pictures(rows: Rows | None) -> Iterator[tuple[np.ndarray, str, str]]:
+def pictures(rows: UsableExamples | None) -> Iterator[tuple[np.ndarray, str, str]]:
     """Iterates over a few pictures of the data, each with its question and a right answer."""
     shown = [x for x in (rows.examples if rows is not None else ()) if x.images and not x.video]
     for example in shown[:TRIED]:
@@ -120,7 +120,7 @@ def write(
     kind: Kind,
     vocabulary: Vocabulary,
     known: Tables,
-    rows: Rows | None,
+    rows: UsableExamples | None,
     mesh: Mesh | None,
 ) -> Batch:
     """Tries one rollout at small shapes, and returns its rows as a batch."""
@@ -156,7 +156,7 @@ def small(limits: RolloutConfig) -> RolloutConfig:
     return dataclasses.replace(limits, max_calls=min(1, limits.max_calls), **sampling, **written, **pixels)
 
 
-def question(rows: Rows | None, sees: bool) -> Query:
+def question(rows: UsableExamples | None, sees: bool) -> Query:
     """Returns the first question of the data about pictures, made smaller, or one of our own."""
     if not sees:
         return Query(rows.examples[0].question if rows is not None else "What is one and one?", [])

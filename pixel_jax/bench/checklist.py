@@ -59,7 +59,7 @@ class Checklist:
         return list(dict.fromkeys(line.name for line in self.lines if line.status == "wrong"))
 
 
-class Rows(NamedTuple):
+class UsableExamples(NamedTuple):
     """The examples of a data file that can be used."""
 
     kind: Kind

@@ -90,7 +90,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
             for what in _shared(*pair, f"{case}, {name}: ", found.left_out):
                 a, b = (each[what] for each in pair)
                 compared += 1
-                if not _apart(a, b):
+                if not _separated(a, b):
                     continue
                 if a.judged and b.judged:
                     found.changes.append(Change(case, name, what, a.value, b.value))
@@ -99,7 +99,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
     return found._replace(compared=compared)
 
 
-def _apart(a: Figure, b: Figure) -> bool:
+def _separated(a: Figure, b: Figure) -> bool:
     """Whether two figures differ by more than noise."""
     return max(a.low, b.low) > min(a.high, b.high) and abs(a.value - b.value) > SMALLEST * max(a.value, b.value)
 

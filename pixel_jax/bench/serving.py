@@ -37,7 +37,7 @@ from pixel_jax.parallel.mesh import use_cores
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.shapes import prompt_shape
-from pixel_jax.serving.conversation import Message, Speaker, prompt_of
+from pixel_jax.serving.conversation import ChatMessage, Speaker, prompt_of
 from pixel_jax.serving.engine import Engine
 from pixel_jax.serving.metrics import Metrics
 from pixel_jax.serving.session import Session
@@ -159,7 +159,7 @@ def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndar
     processor = Processor(words.tokenizer, min_pixels=28**2, max_pixels=speaker.config.max_pixels)
 
     def ask(number: int) -> str:
-        message = Message("user", (images[number], QUESTION.format(number)))
+        message = ChatMessage("user", (images[number], QUESTION.format(number)))
         ids = torch.tensor([prompt_of([message], speaker).ids])
         pixels, grid = processor.patches([images[number]])
         with torch.inference_mode():

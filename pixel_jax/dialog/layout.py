@@ -322,10 +322,10 @@ def _reads(layout: Layout) -> Layout:
     raise errors[0] if errors else TemplateError("it does not write the text of a question")
 
 
-def _with_images(layout: Layout, told: list[dict[str, Any]]) -> Layout:
+def _with_images(layout: Layout, messages: list[dict[str, Any]]) -> Layout:
     """Adds the pieces around images, if the template shows any."""
     try:
-        text = layout._write([*told, _says("user", FIRST, None, None, CAPTION)], True)
+        text = layout._write([*messages, _says("user", FIRST, None, None, CAPTION)], True)
     except TemplateError:
         return layout
     pad = layout.special["image_pad"]

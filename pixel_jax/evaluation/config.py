@@ -78,7 +78,7 @@ class EvalConfig:
     seed: int = 0  # of samples of questions and of sampled answers
     # What answers in modes without tools begin with, below the prompt of training, for a model that knows no other prompt.
     # "": below the released prompt without tools.
-    opening: str = ""
+    assistant_prefix: str = ""
     adapter: str | None = None  # directory of an adapter (PEFT's format) to put on the model
 
     def __post_init__(self):

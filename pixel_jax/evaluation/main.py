@@ -206,7 +206,9 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
             identity["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
-            exam = Exam(config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed, config.opening)
+            exam = Exam(
+                config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed, config.assistant_prefix
+            )
             evaluate(
                 policy,
                 questions,

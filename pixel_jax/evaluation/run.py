@@ -123,7 +123,7 @@ def settings_of(
         "buckets": exam.benchmark.buckets,
         "rollout": dataclasses.asdict(exam.limits),
         "tools": [tool.name for tool in policy.tables.tools],
-        **({"opening": exam.prefix} if exam.prefix else {}),
+        **({"assistant_prefix": exam.prefix} if exam.prefix else {}),
     }
 
 

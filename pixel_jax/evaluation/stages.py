@@ -61,7 +61,7 @@ class Exam:
     batch: int = 64  # questions answered together
     traced: int = 0  # questions whose first answers are kept as traces, `traces/NUMBER.json`
     seed: int = 0  # of the answers, and of which questions are traced
-    opening: str = ""  # `EvalConfig.opening`
+    assistant_prefix: str = ""  # `EvalConfig.assistant_prefix`
 
     @property
     def limits(self) -> RolloutConfig:
@@ -71,7 +71,7 @@ class Exam:
     @property
     def prefix(self) -> str:
         """What an answer begins with in this mode."""
-        return self.opening if self.way.guidelines == "notool" else ""
+        return self.assistant_prefix if self.way.guidelines == "notool" else ""
 
     @property
     def guidelines(self) -> str:

@@ -92,7 +92,7 @@ def attention(
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
     if implementation == "kernel" and return_lse:
         raise ValueError("kernels do not return the log-sum-exp: take 'chunked'")
-    implementation = chosen(implementation, length, k.shape[1])
+    implementation = select_implementation(implementation, length, k.shape[1])
     if implementation == "kernel" and kernels.divides(q, k) and not return_lse:
         return _kernel(q, k, v, mask, causal)
     grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
@@ -105,7 +105,7 @@ def attention(
     return (out, jnp.moveaxis(lse, 3, 1).reshape(batch, length, heads)) if return_lse else out
 
 
-def chosen(implementation: str | None, queries: int, keys: int) -> str:
+def select_implementation(implementation: str | None, queries: int, keys: int) -> str:
     """Returns the implementation for this number of queries and of keys.
 
     For None it is 'dense' if the scores of a row fit into one tile of the chunked implementation, which then needs the same

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pixel_jax.arrays import AnyArray
-from pixel_jax.models.attention import chosen
+from pixel_jax.models.attention import select_implementation
 from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.families import tower_of
@@ -294,7 +294,7 @@ def encode_visual(
     frames = jnp.maximum(visual.slices, 0)
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
-    linear = chosen(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
+    linear = select_implementation(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
     vision = model.config.vision
     assert vision is not None
     pixels_of = functools.partial(slice_pixels, vision=vision)

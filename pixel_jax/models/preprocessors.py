@@ -34,7 +34,7 @@ class PixelLimits(NamedTuple):
     most: int
 
 
-class Sampling(NamedTuple):
+class FrameSampling(NamedTuple):
     """The sampling of the frames of a video.
 
     Attributes:
@@ -64,7 +64,7 @@ class Preprocessors(NamedTuple):
 
     image: PixelLimits | None = None
     video: PixelLimits | None = None
-    sampling: Sampling = Sampling()
+    sampling: FrameSampling = FrameSampling()
 
 
 def read_preprocessors(
@@ -102,7 +102,7 @@ def read_preprocessors(
         return Preprocessors()
     limits = None if image is None else _limits(image[0], image[1], vision, usual)
     if "video_processor" not in sections:
-        return Preprocessors(limits, None, Sampling(fps=rate))
+        return Preprocessors(limits, None, FrameSampling(fps=rate))
     values, where = sections["video_processor"]
     video = _limits(values, where, vision, limits or usual)
     return Preprocessors(limits, video, _sampling(values, where, rate))
@@ -181,7 +181,7 @@ def _check_square(values: dict[str, Any], where: Path, vision: TowerConfig) -> N
             raise FileError(f"{where}: the preprocessor has {field} {shown(value)}, the model {expected[0]}")
 
 
-def _sampling(values: dict[str, Any], where: Path, rate: float | None) -> Sampling:
+def _sampling(values: dict[str, Any], where: Path, rate: float | None) -> FrameSampling:
     """Reads the sampling of videos. FileError: the fields contradict one another, or one is invalid."""
     for field in SAMPLING[1:]:
         value = values.get(field)
@@ -191,12 +191,12 @@ def _sampling(values: dict[str, Any], where: Path, rate: float | None) -> Sampli
     fps, frames = values.get("fps"), values.get("num_frames")
     if fps is not None and frames is not None:
         raise FileError(f"{where}: fps is {fps} and num_frames {frames}: give one of the two")
-    least, most = values.get("min_frames") or Sampling().least, values.get("max_frames") or Sampling().most
+    least, most = values.get("min_frames") or FrameSampling().least, values.get("max_frames") or FrameSampling().most
     if least > most:
         raise FileError(f"{where}: min_frames is {least}, max_frames {most}")
     if fps is None and frames is None:
         fps = rate
-    return Sampling(None if fps is None else float(fps), frames, least, most)
+    return FrameSampling(None if fps is None else float(fps), frames, least, most)
 
 
 def _section(values: dict[str, Any], name: str, where: Path) -> dict[str, Any]:

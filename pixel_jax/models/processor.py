@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixel_jax.files import FileError
 from pixel_jax.models.config import ModelConfig, TowerConfig
-from pixel_jax.models.preprocessors import PixelLimits, Sampling, read_preprocessors
+from pixel_jax.models.preprocessors import FrameSampling, PixelLimits, read_preprocessors
 from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.models.side_files import (
     NESTED,
@@ -47,7 +47,7 @@ class Processor:
         min_pixels, max_pixels: area of an image as the model sees it. Defaults are those of the Hugging Face image processor.
             A family whose images have one size passes over them.
         video: of each frame of a video, or of all its frames together where a family puts them behind times; None: as of images.
-        sampling: which frames of a video a model is used to (`Sampling`).
+        sampling: which frames of a video a model is used to (`FrameSampling`).
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Processor:
         min_pixels: int = 56 * 56,
         max_pixels: int = 28 * 28 * 1280,
         video: PixelLimits | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008, never changed
+        sampling: FrameSampling = FrameSampling(),  # noqa: B008, never changed
     ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")

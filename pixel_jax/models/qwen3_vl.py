@@ -24,7 +24,7 @@ from pixel_jax.models.config import (
 )
 from pixel_jax.models.layers import LayerNorm, Linear, normal
 from pixel_jax.models.qwen_vl import QwenVLConfig
-from pixel_jax.models.vision import EPS, Layout, VisionTower
+from pixel_jax.models.vision import EPS, PatchLayout, VisionTower
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ class DeepstackTower(VisionTower):
         mergers = {str(i): Merger(k, config, dtype, together=True) for i, k in enumerate(rest)}
         self.deepstack_merger_list = nnx.Dict(mergers)
 
-    def embed(self, pixels: jax.Array, hw: jax.Array, layout: Layout) -> jax.Array:
+    def embed(self, pixels: jax.Array, hw: jax.Array, layout: PatchLayout) -> jax.Array:
         """See `VisionTower.embed`."""
         return super().embed(pixels, hw, layout) + self.table(hw, layout)
 
-    def table(self, hw: jax.Array, layout: Layout) -> jax.Array:
+    def table(self, hw: jax.Array, layout: PatchLayout) -> jax.Array:
         """Interpolates the learned square table bilinearly over grids of `hw` int32 [N, 2] patches: [N, P, hidden]."""
         weight = self.pos_embed["weight"][...]
         side = math.isqrt(weight.shape[0])
@@ -156,7 +156,7 @@ class DeepstackTower(VisionTower):
         ]
         return sum(weighed[1:], start=weighed[0]).astype(weight.dtype)
 
-    def merge(self, x: jax.Array, taps, layout: Layout) -> jax.Array:
+    def merge(self, x: jax.Array, taps, layout: PatchLayout) -> jax.Array:
         """See `VisionTower.merge`."""
         features = [self.merger(x), *(self.deepstack_merger_list[str(i)](tap) for i, tap in enumerate(taps))]
         return jnp.concatenate(features, axis=-1)

@@ -35,7 +35,7 @@ from pixel_jax.parallel.sharding import keep_rows
 EPS = 1e-6  # fixed in the original, not a field of its configuration
 
 
-class Layout:
+class PatchLayout:
     """The order of the patches of a batch of slices: merge order, or window by window in a tower with windows.
 
     valid: bool [N, P]; row, column: int32 [N, P], patch coordinates
@@ -119,7 +119,7 @@ class VisionAttention(nnx.Module):
         self.proj = Linear(keys[1], dim, dim, ("vision_embed", "vision_heads"), bias=True, dtype=dtype)
         self.config = config
 
-    def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
+    def __call__(self, x, cos, sin, layout: PatchLayout, full: jax.Array, implementation: str | None) -> jax.Array:
         """x [N, P, D]; full: bool scalar, in a tower with windows: attend over the whole slice instead of the window."""
         n, p, dim = x.shape
         config = self.config
@@ -169,7 +169,7 @@ class VisionBlock(nnx.Module):
             options = {"activation": config.hidden_act, "names": config.mlp_names}
             self.mlp = MLP(keys[1], dim, hidden, axes, **options, dtype=dtype)
 
-    def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
+    def __call__(self, x, cos, sin, layout: PatchLayout, full: jax.Array, implementation: str | None) -> jax.Array:
         """x [N, P, D] -> [N, P, D]; the arguments are those of `VisionAttention`."""
         x = x + self.attn(self.norm1(x), cos, sin, layout, full, implementation)
         return x + self.mlp(self.norm2(x))
@@ -216,7 +216,7 @@ class VisionTower(nnx.Module):
         num_patches = pixel_values.shape[1]
         if num_patches % config.merge_unit:
             raise ValueError(f"number of patches {num_patches} is no multiple of {config.merge_unit}")
-        layout = Layout(hw, num_patches, config)
+        layout = PatchLayout(hw, num_patches, config)
         cos, sin = vision_angles(layout.row, layout.column, config.head_dim)
         inner = config.deepstack_visual_indexes
 
@@ -234,7 +234,7 @@ class VisionTower(nnx.Module):
         (x, taps), _ = jax.lax.scan(rematerialised(block, remat), (x, taps), (self.blocks, full, slots))
         return keep_rows(self.merge(x, () if taps is None else taps, layout))
 
-    def embed(self, pixels: jax.Array, hw: jax.Array, layout: Layout) -> jax.Array:
+    def embed(self, pixels: jax.Array, hw: jax.Array, layout: PatchLayout) -> jax.Array:
         """Embeds pixels [N, P, patch_dim] in merge order: the input of the first block, [N, P, hidden], in `layout`'s order."""
         x = keep_rows(self.patch_embed(keep_rows(pixels)))
         if self.config.window_size is None:
@@ -242,7 +242,7 @@ class VisionTower(nnx.Module):
         tokens = x.reshape(x.shape[0], x.shape[1] // self.config.merge_unit, -1)
         return keep_rows(jnp.take_along_axis(tokens, layout.order[..., None], axis=1).reshape(x.shape))
 
-    def merge(self, x: jax.Array, taps, layout: Layout) -> jax.Array:
+    def merge(self, x: jax.Array, taps, layout: PatchLayout) -> jax.Array:
         """Merges outputs of the last block [N, P, hidden], and of inner blocks, to visual tokens [N, P / 4, features]."""
         merged = self.merger(x)
         if self.config.window_size is None:

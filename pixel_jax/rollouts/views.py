@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.models.attention import chosen
+from pixel_jax.models.attention import select_implementation
 from pixel_jax.models.inputs import slice_pixels
 from pixel_jax.models.model import Model
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, square_window
@@ -136,7 +136,7 @@ def encode_still(model: Model, patches: jax.Array, size: jax.Array, implementati
     encode = lambda x: model.encode(
         slice_pixels(x[0], x[0], vision), x[1] // vision.patch_size, implementation=implementation
     )
-    if lead[-1] > 1 and chosen(implementation, most, most) != "dense":
+    if lead[-1] > 1 and select_implementation(implementation, most, most) != "dense":
         by_image = lambda x, *tail: jnp.swapaxes(x.reshape(-1, lead[-1], *tail), 0, 1)
         features = jax.lax.map(encode, (by_image(patches, *patches.shape[-2:]), by_image(size, 2)))
         features = jnp.swapaxes(features, 0, 1)

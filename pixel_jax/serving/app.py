@@ -23,7 +23,7 @@ from pixel_jax.serving.conversation import Speaker
 from pixel_jax.serving.engine import BusyError, ClosedError, Ended, Engine, Event, Job
 from pixel_jax.serving.http import LOOPBACK, foreign_name
 from pixel_jax.serving.metrics import CONTENT_TYPE, Metrics
-from pixel_jax.serving.protocol import Answer, ChatRequest, RequestError, read_request
+from pixel_jax.serving.protocol import ChatAnswer, ChatRequest, RequestError, read_request
 from pixel_jax.serving.session import Saw, Wrote
 
 BODY_SECONDS = 30.0  # the time within which the body of a request must arrive
@@ -139,7 +139,7 @@ class Completions:
             deliver=deliver,
             record=request.pictures,
         )
-        answer = Answer(request, reader)
+        answer = ChatAnswer(request, reader)
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
             try:
@@ -157,7 +157,7 @@ class Completions:
 
     async def _whole(
         self,
-        answer: Answer,
+        answer: ChatAnswer,
         speaker: Speaker,
         events: AsyncIterator[Event],
         images: np.ndarray,
@@ -175,7 +175,7 @@ class Completions:
                 answer.add(event)
 
     async def _stream(
-        self, answer: Answer, speaker: Speaker, events: AsyncIterator[Event], images: np.ndarray, send: Send
+        self, answer: ChatAnswer, speaker: Speaker, events: AsyncIterator[Event], images: np.ndarray, send: Send
     ) -> None:
         """Sends server-sent events: a chunk for each piece of text and each turn of a tool."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]

@@ -16,7 +16,7 @@ from pixel_jax.dialog.formats import CallFormat
 from pixel_jax.dialog.template import Media
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.model import Model
-from pixel_jax.models.preprocessors import Sampling
+from pixel_jax.models.preprocessors import FrameSampling
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media, with_times
 from pixel_jax.rollouts.shapes import BatchShape
@@ -35,7 +35,7 @@ class Clip(NamedTuple):
 Part = str | np.ndarray | Clip  # of a message: a text, an image uint8 [h, w, 3], or a video
 
 
-class Message(NamedTuple):
+class ChatMessage(NamedTuple):
     """A message of a conversation."""
 
     role: Role
@@ -65,7 +65,7 @@ class Speaker:
     tables: Tables
     config: RolloutConfig
     guidelines: str = "vcot"
-    sampling: Sampling = Sampling()
+    sampling: FrameSampling = FrameSampling()
 
     @property
     def call_format(self) -> CallFormat:
@@ -84,7 +84,7 @@ class Prompt(NamedTuple):
         return place_prompts([self.query], [self.ids], speaker.tables, speaker.config, shape=shape, uids=[uid])
 
 
-def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
+def prompt_of(messages: Sequence[ChatMessage], speaker: Speaker) -> Prompt:
     """Makes the prompt for the answer to the last message, which is the user's.
 
     A system message is added to the one that says how tools are called. The first question alone, its images in front, has
@@ -125,7 +125,7 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
     return Prompt(query, template.to_ids(with_times(pieces, query, speaker.config), speaker.vocabulary, pads))
 
 
-def _query(spoken: Sequence[Message]) -> Query:
+def _query(spoken: Sequence[ChatMessage]) -> Query:
     """Makes the query of the last question, about the images or the one video of all messages."""
     shown = [part for message in spoken for part in message.parts if not isinstance(part, str)]
     clips = [part for part in shown if isinstance(part, Clip)]
@@ -137,7 +137,7 @@ def _query(spoken: Sequence[Message]) -> Query:
     return Query(spoken[-1].text, [part for part in shown if isinstance(part, np.ndarray)])
 
 
-def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
+def _written(message: ChatMessage, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
     """Writes a message as templates take it: a question with the guidelines behind it, of an answer its last turn."""
     if message.role == "assistant":
         return {"role": "assistant", "content": last_turn(message.text, call_format)}

@@ -54,7 +54,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Serves the models in the directories of the command line until it is told to end."""
+    """Serves the models in the directories of the command line until Ctrl-C or SIGTERM."""
     if not arguments:
         raise UserError("give the directory of a model, or several as NAME=DIR: pixel-jax serve DIR")
     directories, adapters = named_directories(arguments), named_directories(FLAGS.adapter)
@@ -137,9 +137,9 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
         UserError: no prompt would fit.
     """
     from pixel_jax.rollouts.shapes import prompt_shape
-    from pixel_jax.serving.conversation import Message, prompt_of
+    from pixel_jax.serving.conversation import ChatMessage, prompt_of
 
-    shortest = len(prompt_of([Message("user", ("?",))], speaker).ids)
+    shortest = len(prompt_of([ChatMessage("user", ("?",))], speaker).ids)
     if shortest >= FLAGS.prompt_tokens:
         raise UserError(
             f"--prompt_tokens={FLAGS.prompt_tokens}: a question of one letter and no image has {shortest} tokens, with the "
@@ -154,7 +154,7 @@ async def serve(app: "ASGIApp", engine: "Engine", listener: socket.socket) -> No
     """Answers requests until SIGTERM or Ctrl-C. Then new requests get 503, and it returns when the others are answered."""
 
     async def finished() -> None:
-        while not (SIGNALS.told or engine.failed is not None):
+        while not (SIGNALS.requested or engine.failed is not None):
             await asyncio.sleep(0.05)
         engine.close()
         if engine.failed is None:

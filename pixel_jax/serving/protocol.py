@@ -20,7 +20,7 @@ from pixel_jax.data.images import image_size, read_image
 from pixel_jax.files import parse_json
 from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
-from pixel_jax.serving.conversation import Message, Part, Prompt, Role, Speaker, prompt_of
+from pixel_jax.serving.conversation import ChatMessage, Part, Prompt, Role, Speaker, prompt_of
 from pixel_jax.serving.session import Reader, Saw, Wrote
 from pixel_jax.terminal import brief
 
@@ -182,7 +182,7 @@ def _stops(values: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]:
+def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[ChatMessage]:
     """Reads the field `messages` of a request. RequestError: a message is not understood, or shows too much."""
     messages = values.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
@@ -202,7 +202,7 @@ def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]
             raise _refusal(f"{where}.role", message.get("role"), f"it can be {', '.join(ROLES)}")
         parts = _read_parts(message.get("content"), f"{where}.content", shape, left, images=role == "user")
         left -= sum(isinstance(part, np.ndarray) for part in parts)
-        parsed.append(Message(role, parts))
+        parsed.append(ChatMessage(role, parts))
     return parsed
 
 
@@ -319,7 +319,7 @@ def _integer(values: Mapping[str, Any], name: str, low: int, high: int) -> int |
     return value
 
 
-class Answer:
+class ChatAnswer:
     """An answer while it is written, and its documents in the protocol."""
 
     def __init__(self, request: ChatRequest, reader: Reader):

@@ -148,12 +148,10 @@ def _verified(answer: str, reference: str) -> bool:
     from math_verify import verify
 
     gold, found = parsed(f"${reference}$"), parsed(f"${answer}$")
-    return bool(gold and found and verify(gold, found, timeout_seconds=time_limit())) and not _far_apart(
-        gold[0], found[0]
-    )
+    return bool(gold and found and verify(gold, found, timeout_seconds=time_limit())) and not _differ(gold[0], found[0])
 
 
-def _far_apart(a, b) -> bool:
+def _differ(a, b) -> bool:
     """Whether two numbers differ by more than rounding. math-verify rounds to six decimals, so that 1/2^98 equals 1/2^99."""
     import sympy
 

@@ -245,7 +245,7 @@ class HeldOutLoss:
         return all_rows(sums, self.shard).sum(axis=0)
 
 
-class Together:
+class AllLooks:
     """Makes several looks, and combines their results."""
 
     def __init__(self, *looks):

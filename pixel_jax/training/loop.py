@@ -149,7 +149,7 @@ class Loop:
         """Takes all steps, from the newest checkpoint in the directory if there is one, and returns the last state.
 
         Raises:
-            Preempted: the run was told to stop (`NOTICE`); the steps that are done are saved.
+            Preempted: the run was asked to stop (`NOTICE`); the steps that are done are saved.
             RunError: the directory holds another run.
         """
         with self:
@@ -226,7 +226,7 @@ class Loop:
             if self.early is not None:
                 self.early.finish()
             self._say(
-                f"told to go; {self.done} of {self.work.steps} steps are done and saved. Started again, the run goes on."
+                f"asked to stop; {self.done} of {self.work.steps} steps are done and saved. Started again, the run goes on."
             )
             raise Preempted
         self.checkpoints.poll()

@@ -32,11 +32,11 @@ class Notice:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        return self._heard.told
+        return self._heard.requested
 
     @requested.setter
     def requested(self, value: bool) -> None:
-        self._heard.told = value
+        self._heard.requested = value
 
     def listen(self) -> None:
         """Treats SIGTERM and Ctrl-C as a notice from now on; a second Ctrl-C ends the process at once."""

@@ -26,7 +26,7 @@ from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.sources import source_of, token_ages
 from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import Resharder, TrainState, are_apart, init_state
+from pixel_jax.training.state import Resharder, TrainState, are_disjoint, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
 from pixel_jax.training.writers import WriterName
 
@@ -130,8 +130,8 @@ class Learner:
         self.data: Any = data
         self.stages, self.config, self.mesh = stages, config, mesh
         self.notice = NOTICE
-        apart = rollout_mesh is not None and are_apart(mesh, rollout_mesh)
-        if config.staleness and not apart:
+        disjoint = rollout_mesh is not None and are_disjoint(mesh, rollout_mesh)
+        if config.staleness and not disjoint:
             raise ValueError(
                 f"staleness {config.staleness}: rows are written ahead only by devices of their own; give `rollout_mesh` other "
                 "devices than `mesh`"
@@ -156,7 +156,7 @@ class Learner:
         """Makes the state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
-    def place(self, rows: Batch) -> Batch:
+    def shard_rows(self, rows: Batch) -> Batch:
         """Moves host rows to the devices."""
         return rows if self.mesh is None else shard_batch(rows, self.mesh)
 

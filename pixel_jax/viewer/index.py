@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from pixel_jax.evaluation.transcript import Picture, Transcript
-from pixel_jax.viewer.runs import Entry, GoneError, Part, Run
+from pixel_jax.viewer.runs import GoneError, Part, Run, TraceEntry
 
 REFRESH_SECONDS = 1.0  # files are looked at no more often
 MOST_ROWS = 200  # of the list in one response
@@ -44,20 +44,20 @@ class Filter:
     to: str = ""
 
 
-class Place(NamedTuple):
-    """Where a trace lies."""
+class TraceLocation(NamedTuple):
+    """The run and the part that hold a trace, and its key there."""
 
     run: int
     part: int
     key: tuple
 
 
-class Located(NamedTuple):
+class ListedTrace(NamedTuple):
     """A trace of the list."""
 
     number: int
-    place: Place
-    entry: Entry
+    location: TraceLocation
+    entry: TraceEntry
 
 
 class Index:
@@ -69,9 +69,11 @@ class Index:
         self.lock = threading.RLock()
         self.version = 0
         self.looked = float("-inf")
-        self.numbers: dict[Place, int] = {}  # given once, so that an address keeps its meaning while a run goes on
-        self.places: list[Place] = []
-        self.traces: list[Located] = []
+        self.numbers: dict[
+            TraceLocation, int
+        ] = {}  # given once, so that an address keeps its meaning while a run goes on
+        self.locations: list[TraceLocation] = []
+        self.traces: list[ListedTrace] = []
 
     def refresh(self) -> None:
         """Reads what the runs have written since the last look."""
@@ -81,18 +83,18 @@ class Index:
             if any([run.refresh() for run in self.runs]):
                 self.version += 1
                 self.traces = [
-                    Located(self._number(Place(r, p, key)), Place(r, p, key), entry)
+                    ListedTrace(self._number(TraceLocation(r, p, key)), TraceLocation(r, p, key), entry)
                     for r, run in enumerate(self.runs)
                     for p, part in enumerate(run.parts)
                     for key, entry in part.entries.items()
                 ]
             self.looked = time.monotonic()
 
-    def _number(self, place: Place) -> int:
-        if place not in self.numbers:
-            self.numbers[place] = len(self.places)
-            self.places.append(place)
-        return self.numbers[place]
+    def _number(self, location: TraceLocation) -> int:
+        if location not in self.numbers:
+            self.numbers[location] = len(self.locations)
+            self.locations.append(location)
+        return self.numbers[location]
 
     # ---- the state of all runs
 
@@ -120,7 +122,7 @@ class Index:
             "name": self.names[number],
             "directory": str(run.directory),
             "kind": run.kind,
-            "facts": run.facts,
+            "status": run.status,
             "table": {"head": head, "rows": rows},
             "problems": problems,
             "parts": [
@@ -151,7 +153,7 @@ class Index:
 
     # ---- the list
 
-    def select(self, wanted: Filter) -> list[Located]:
+    def select(self, wanted: Filter) -> list[ListedTrace]:
         """The traces that pass a filter, in order.
 
         Raises:
@@ -178,11 +180,11 @@ class Index:
         return True
 
     @staticmethod
-    def _on(x: Located, side: str) -> bool:
+    def _on(x: ListedTrace, side: str) -> bool:
         run, _, part = side.partition(SEPARATOR)
-        return x.place.run == int(run) and (not part or x.place.part == int(part))
+        return x.location.run == int(run) and (not part or x.location.part == int(part))
 
-    def answers(self, side: str, *, parts: bool) -> dict[tuple[str, str], Located]:
+    def answers(self, side: str, *, parts: bool) -> dict[tuple[str, str], ListedTrace]:
         """The newest trace of a side for each question; with `parts` questions of different parts are different ones."""
         newest = {}
         for x in self.traces:
@@ -190,7 +192,7 @@ class Index:
                 newest[self.part(x).name if parts else "", x.entry.question] = x
         return newest
 
-    def counterparts(self, before: str, to: str) -> list[tuple[Located, Located]]:
+    def counterparts(self, before: str, to: str) -> list[tuple[ListedTrace, ListedTrace]]:
         """The newest traces of both sides, by question."""
         if not (self._known(before) and self._known(to)):
             raise FilterError("a change is one between two sides: give `before` and `to`")
@@ -198,17 +200,17 @@ class Index:
         one, other = (self.answers(side, parts=parts) for side in (before, to))
         return [(one[name], x) for name, x in other.items() if name in one]
 
-    def _changed(self, wanted: Filter) -> list[Located]:
-        def changed(old: Entry, new: Entry) -> bool:
+    def _changed(self, wanted: Filter) -> list[ListedTrace]:
+        def changed(old: TraceEntry, new: TraceEntry) -> bool:
             if wanted.change == "any":
                 return old.right != new.right
             return (old.right, new.right) == ((False, True) if wanted.change == "gained" else (True, False))
 
         return [b for a, b in self.counterparts(wanted.before, wanted.to) if changed(a.entry, b.entry)]
 
-    def part(self, x: Located) -> Part:
+    def part(self, x: ListedTrace) -> Part:
         """The part in which a trace lies."""
-        return self.runs[x.place.run].parts[x.place.part]
+        return self.runs[x.location.run].parts[x.location.part]
 
     def page(self, wanted: Filter, start: int, count: int) -> dict[str, Any]:
         """A page of the list: `count` traces that pass the filter, from number `start` of them."""
@@ -219,11 +221,11 @@ class Index:
             judged = sum(x.entry.right is not None for x in found)
             return {"of": len(found), "right": right, "judged": judged, "start": start, "rows": rows}
 
-    def _row(self, x: Located) -> dict[str, Any]:
+    def _row(self, x: ListedTrace) -> dict[str, Any]:
         entry = x.entry
         return {
             "number": x.number,
-            "run": x.place.run,
+            "run": x.location.run,
             "part": self.part(x).name,
             "when": entry.when,
             "title": entry.title,
@@ -246,13 +248,13 @@ class Index:
             GoneError: there is none of that number, or it was deleted meanwhile.
         """
         with self.lock:
-            if not 0 <= number < len(self.places):
+            if not 0 <= number < len(self.locations):
                 raise GoneError(f"there is no trace {number}")
-            place = self.places[number]
-            part = self.runs[place.run].parts[place.part]
-            if place.key not in part.entries:
+            location = self.locations[number]
+            part = self.runs[location.run].parts[location.part]
+            if location.key not in part.entries:
                 raise GoneError("the run has deleted this trace: it keeps only some")
-            return part.read(place.key)
+            return part.read(location.key)
 
     def trace(self, number: int, wanted: Filter) -> dict[str, Any]:
         """A trace as the page shows it, with its neighbours in the filtered list."""
@@ -311,7 +313,7 @@ class Index:
         return kind, data
 
 
-def passes(entry: Entry, wanted: Filter) -> bool:
+def passes(entry: TraceEntry, wanted: Filter) -> bool:
     """Whether a trace passes a filter, whatever side it is on."""
     if wanted.verdict and {"right": True, "wrong": False, "unknown": None}[wanted.verdict] is not entry.right:
         return False

@@ -28,7 +28,7 @@ EVALUATED, NUMBERS = "results-*.jsonl", "metrics.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TraceEntry:
     """What the list shows of a trace, and what it is filtered by."""
 
     question: str  # names the question in every run; "": one of many samples, which are not compared
@@ -57,7 +57,7 @@ class Part(Protocol):
         ...
 
     @property
-    def entries(self) -> Mapping[tuple, Entry]:
+    def entries(self) -> Mapping[tuple, TraceEntry]:
         """The entries of the list, by a key that stays the same while the run goes on."""
         ...
 
@@ -79,10 +79,10 @@ class Part(Protocol):
         ...
 
 
-def entry_of(item: Transcript, when: str, *, compared: bool) -> Entry:
+def entry_of(item: Transcript, when: str, *, compared: bool) -> TraceEntry:
     """What the list shows of a conversation."""
     observed = [turn for turn in item.turns if turn.role == "tool"]
-    return Entry(
+    return TraceEntry(
         question=(item.title or item.question)[:MOST_TEXT] if compared else "",
         title=(item.title or item.question)[:MOST_TEXT],
         about=item.question[:MOST_TEXT],
@@ -126,9 +126,9 @@ class Conversations:
         self.name, self.find, self.when, self.compared = name, find, when, compared
         self.load = load
         self.seen: dict[pathlib.Path, Signature | None] = {}
-        self.found: dict[pathlib.Path, dict[tuple, Entry]] = {}
+        self.found: dict[pathlib.Path, dict[tuple, TraceEntry]] = {}
         self.wrong: dict[pathlib.Path, str] = {}
-        self.entries: Mapping[tuple, Entry] = {}
+        self.entries: Mapping[tuple, TraceEntry] = {}
         self.recent = recently(load)
 
     @property
@@ -166,14 +166,16 @@ class Conversations:
             raise GoneError(f"this trace cannot be read: {error}") from None
 
 
-class Answers:
+class AnswerRecords:
     """The records of a benchmark in one mode (`pixel_jax.evaluation.results`), of which some have a trace with pictures."""
 
     def __init__(self, name: str, directory: pathlib.Path):
         self.name, self.directory = name, directory
         self.tails: dict[pathlib.Path, Tail] = {}
-        self.places: dict[int, tuple[Tail, int]] = {}  # of each question's record: its file, and the index of its line
-        self.entries: dict[tuple, Entry] = {}
+        self.locations: dict[
+            int, tuple[Tail, int]
+        ] = {}  # of each question's record: its file, and the index of its line
+        self.entries: dict[tuple, TraceEntry] = {}
         self.taken: dict[pathlib.Path, int] = {}  # lines
         self.generation = 0  # of all files together
         self.recent = recently(load_transcripts)
@@ -191,13 +193,13 @@ class Answers:
         generation = sum(tail.generation for tail in self.tails.values())
         if generation != self.generation:  # a file is new, or was replaced
             self.generation, self.taken, changed = generation, {}, list(self.tails.values())
-            self.places, self.entries = {}, {}
+            self.locations, self.entries = {}, {}
         for tail in changed:
             for i in range(self.taken.get(tail.path, 0), len(tail.lines)):
                 start, length, record = tail.lines[i]
                 index = record["index"]
-                if "unanswered" not in record or index not in self.places:
-                    self.places[index] = (tail, i)
+                if "unanswered" not in record or index not in self.locations:
+                    self.locations[index] = (tail, i)
                     self.entries[(self.directory, index)] = _entry_of_record(record)
             self.taken[tail.path] = len(tail.lines)
         return bool(changed)
@@ -205,7 +207,7 @@ class Answers:
     def read(self, key: tuple) -> list[Transcript]:
         """Reads the conversations about a question."""
         _, index = key
-        tail, number = self.places[index]
+        tail, number = self.locations[index]
         start, length, _ = tail.lines[number]
         try:
             with open_regular(tail.path) as file:
@@ -219,12 +221,12 @@ class Answers:
         return [*kept, *conversations[len(kept) :]]
 
 
-def _entry_of_record(record: Mapping[str, Any]) -> Entry:
+def _entry_of_record(record: Mapping[str, Any]) -> TraceEntry:
     scores = [x for x in record["score"] if isinstance(x, int | float)]
     mean = sum(scores) / len(scores) if scores else None
     tools = [x for row in _list(record.get("tools")) for x in _list(row) if isinstance(x, str) and x]
     given = [str(x) for x in _list(record.get("given")) if x is not None]
-    return Entry(
+    return TraceEntry(
         question=record["id"][:MOST_TEXT],
         title=record["id"][:MOST_TEXT],
         about=str(record.get("question") or record.get("unanswered") or "")[:MOST_TEXT],
@@ -340,19 +342,19 @@ class TrainingRun:
         return charts
 
     @property
-    def facts(self) -> list[tuple[str, str]]:
+    def status(self) -> list[tuple[str, str]]:
         """What the run is doing, in short."""
-        facts = []
+        status = []
         for phase, tail in self.metrics.items():
             of = next((x["of"] for x in reversed(self.history[phase].values) if isinstance(x.get("of"), int)), None)
             if not tail.values and of is None:
                 continue
             done = max((x["step"] + 1 for x in tail.values), default=0)
-            facts.append((phase, f"{done} of {of} {UNITS[phase]}s" if of else f"{done} {UNITS[phase]}s"))
+            status.append((phase, f"{done} of {of} {UNITS[phase]}s" if of else f"{done} {UNITS[phase]}s"))
             for label, name in (("accuracy", "accuracy"), ("accuracy, held out", "eval_accuracy"), ("loss", "loss")):
                 if points := points_of(tail.values, name):
-                    facts.append((label, f"{points[0][1]:.3g} → {points[-1][1]:.3g}"))
-        return facts
+                    status.append((label, f"{points[0][1]:.3g} → {points[-1][1]:.3g}"))
+        return status
 
     table: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
 
@@ -377,10 +379,10 @@ class Evaluation:
 
     def refresh(self) -> bool:
         """Reads what is new. Returns whether anything has changed."""
-        known = {part.directory for part in self.parts if isinstance(part, Answers)}
+        known = {part.directory for part in self.parts if isinstance(part, AnswerRecords)}
         found = dict.fromkeys(path.parent for path in sorted(self.directory.glob(f"*/*/{EVALUATED}")))
         new = [x for x in found if x not in known]
-        self.parts += [Answers(f"{x.parent.name}, {x.name}", x) for x in new]
+        self.parts += [AnswerRecords(f"{x.parent.name}, {x.name}", x) for x in new]
         changed = [x.refresh() for x in self.parts]
         path = self.directory / NUMBERS
         if (now := signature(path)) != self.noted:
@@ -403,14 +405,14 @@ class Evaluation:
         return self.wrong
 
     @property
-    def facts(self) -> list[tuple[str, str]]:
+    def status(self) -> list[tuple[str, str]]:
         """What has been answered."""
-        facts = [("model", str(self.settings["model"]))] if "model" in self.settings else []
+        status = [("model", str(self.settings["model"]))] if "model" in self.settings else []
         for part in self.parts:
             known = [x.right for x in part.entries.values() if x.right is not None]
             rate = f", {100 * sum(known) / len(known):.1f} % right" if known else ""
-            facts.append((part.name, f"{len(part.entries)} answered{rate}"))
-        return facts
+            status.append((part.name, f"{len(part.entries)} answered{rate}"))
+        return status
 
     @property
     def table(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
@@ -435,7 +437,7 @@ class Traces:
         return self.parts[0].refresh()
 
     @property
-    def facts(self) -> list[tuple[str, str]]:
+    def status(self) -> list[tuple[str, str]]:
         """How many there are."""
         return [("traces", str(len(self.parts[0].entries)))]
 

@@ -28,7 +28,7 @@ function table(head, rows) {
     el("tbody", {}, rows.map((row) => el("tr", {}, row.map((x) => el("td", {}, x)))))));
 }
 const verdict = (right) => right === true ? el("span", { class: "right" }, "✓ right") : right === false ? el("span", { class: "wrong" }, "✗ wrong") : el("span", { class: "quiet" }, "–");
-const facts = (pairs) => el("dl", { class: "facts" }, pairs.filter(([, x]) => x !== null && x !== undefined && x !== "").map(([name, x]) => [el("dt", {}, name), el("dd", {}, x)]));
+const pairList = (pairs) => el("dl", { class: "pairs" }, pairs.filter(([, x]) => x !== null && x !== undefined && x !== "").map(([name, x]) => [el("dt", {}, name), el("dd", {}, x)]));
 
 // ---- the server
 
@@ -92,7 +92,7 @@ const swatch = (i) => el("span", { class: "swatch " + color(i), "aria-hidden": "
 async function showRuns() {
   const draw = () => main.replaceChildren(
     el("div", { class: "runs" }, state.runs.map((run, i) => el("section", { class: "run" },
-      el("h3", {}, swatch(i), run.name), el("div", { class: "quiet" }, run.directory), facts(run.facts),
+      el("h3", {}, swatch(i), run.name), el("div", { class: "quiet" }, run.directory), pairList(run.status),
       run.parts.map((part) => el("div", {}, el("a", { href: link("traces", { side: part.side }) }, part.traces + " traces: " + part.name))),
       run.problems.length ? el("ul", { class: "problems" }, run.problems.map((x) => el("li", {}, x))) : null))),
     ...state.runs.filter((run) => run.table.rows.length).flatMap((run) => [el("h2", {}, run.name), table(run.table.head, run.table.rows)]),
@@ -296,7 +296,7 @@ function conversation(trace, item, index, count) {
   const terms = item.terms.filter(([, x]) => x).map(([name, x]) => `${name} ${x > 0 ? "+" : ""}${number(x, 3)}`).join(", ");
   return el("article", { class: "trace" },
     count > 1 ? el("h3", {}, `answer ${index + 1} of ${count}`) : null,
-    facts([["question", item.title ? item.question : ""], ["judged", item.correct === null ? "" : verdict(item.correct)], ["answer", item.answer], ["reference", item.reference],
+    pairList([["question", item.title ? item.question : ""], ["judged", item.correct === null ? "" : verdict(item.correct)], ["answer", item.answer], ["reference", item.reference],
       ["category", item.category], ["reward", item.reward === null ? "" : number(item.reward, 3) + (terms ? ` (${terms})` : "")],
       ["advantage", item.advantage === null ? "" : number(item.advantage, 3)], ["ended", item.stop]]),
     el("div", { class: "columns" + (pictures.length ? "" : " bare") },

@@ -137,7 +137,7 @@ def test_without_looking_and_with_the_evidence_alone(questions, tmp_path):
     found = answer(asked, tmp_path / "evidence", mode="evidence")
     assert "there is no reference box" in found[0]["unanswered"] and "unanswered" not in found[1]
     policy = Policy(scripted_model.model(), scripted_model.vocabulary(), scripted_model.token_tables())
-    exam = Exam(BENCHMARK, LIMITS, "none", 2, 0, opening="I see \\boxed{")
+    exam = Exam(BENCHMARK, LIMITS, "none", 2, 0, assistant_prefix="I see \\boxed{")
     run.evaluate(policy, questions[:2], exam, tmp_path / "begun")
     texts = [text for record in read_records(tmp_path / "begun") for text in record["responses"]]
     assert texts and all(text.startswith("I see \\boxed{") for text in texts)

@@ -12,7 +12,7 @@ from pixel_jax.models.layers import LoRAWeight, unstack
 from pixel_jax.models.lora import add_lora, combine, split
 from pixel_jax.models.released import released, weight_shapes
 from pixel_jax.models.rope import vision_angles
-from pixel_jax.models.vision import Layout
+from pixel_jax.models.vision import PatchLayout
 
 # Wide, so that what is not a matrix product is little; nothing of this size is ever run.
 CONFIG = Qwen2_5_VLConfig(
@@ -51,7 +51,7 @@ def decode(model: Model, x, remat=False):
 def see(tower, pixels, remat=False):
     """The vision tower's blocks in a Python loop, each with the attention it has."""
     config = tower.config
-    layout = Layout(jnp.full((ROWS * SLICES, 2), 16), PATCHES, config)
+    layout = PatchLayout(jnp.full((ROWS * SLICES, 2), 16), PATCHES, config)
     cos, sin = vision_angles(layout.row, layout.column, config.head_dim)
     x = tower.patch_embed(pixels)
     for i, layer in enumerate(unstack(tower.blocks, config.depth)):

@@ -27,7 +27,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.models.text_families import LlamaConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import read_limits, write_limits
-from pixel_jax.serving.conversation import Message, prompt_of
+from pixel_jax.serving.conversation import ChatMessage, prompt_of
 from pixel_jax.serving.speakers import load_speaker
 from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.optimizer import OptimizerConfig
@@ -149,7 +149,7 @@ def test_a_chat_is_what_transformers_generates(kind, tmp_path):
     question = "Wie viele Beine hat eine Katze?"
     answer, speaker = answers(tmp_path, question)
     words = speaker.vocabulary
-    ids = prompt_of([Message("user", (question,))], speaker).ids
+    ids = prompt_of([ChatMessage("user", (question,))], speaker).ids
     told = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": f"{question}\n\n{GUIDELINES['notool']}"},

@@ -281,7 +281,7 @@ def test_a_mutated_config(tmp_path_factory, text):
 
 
 @pytest.fixture(scope="module")
-def talker_directory(tmp_path_factory):
+def scripted_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("scripted")
     limits = {"min_pixels": 784, "max_pixels": 4 * 784}
     pixel_jax.save_pretrained(
@@ -294,9 +294,9 @@ SIDE_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_co
 
 
 @given(data=st.data(), name=st.sampled_from(SIDE_FILES))
-def test_a_mutated_processor(talker_directory, tmp_path_factory, data, name):
+def test_a_mutated_processor(scripted_directory, tmp_path_factory, data, name):
     directory = tmp_path_factory.mktemp("mutated")
-    files = {path.name: path.read_text() for path in talker_directory.iterdir() if path.suffix == ".json"}
+    files = {path.name: path.read_text() for path in scripted_directory.iterdir() if path.suffix == ".json"}
     if name == "processor_config.json":
         files[name] = json.dumps({"image_processor": json.loads(files.pop("preprocessor_config.json"))})
     files[name] = data.draw(mutated(json.loads(files[name])))

@@ -13,7 +13,7 @@ from PIL import Image
 from test_processors_of_families import resized, words
 
 from pixel_jax.files import FileError
-from pixel_jax.models.preprocessors import PixelLimits, Sampling, read_preprocessors
+from pixel_jax.models.preprocessors import FrameSampling, PixelLimits, read_preprocessors
 from pixel_jax.models.processor import Processor, volume_size
 
 pytestmark = pytest.mark.torch  # the tiny models of `tiny_families` are made by transformers
@@ -155,7 +155,7 @@ def test_limits(tmp_path):
     assert read("qwen2_vl", {"preprocessor_config.json": {"max_pixels": 7840}}, tmp_path).image == (3136, 7840)
     nested = {"processor_config.json": {"image_processor": FAST}, "preprocessor_config.json": {"max_pixels": 7840}}
     assert read("qwen2_vl", nested, tmp_path).image == (least, most)
-    assert read("qwen2_vl", {}, tmp_path) == (None, None, Sampling())
+    assert read("qwen2_vl", {}, tmp_path) == (None, None, FrameSampling())
     assert read("llava", {"preprocessor_config.json": LLAVA | {"size": 28, "crop_size": 28}}, tmp_path).image is None
 
 
@@ -167,12 +167,14 @@ def test_videos(tmp_path):
         "video_preprocessor_config.json": video | {"fps": 2, "max_frames": 64},
     }
     found = read("qwen3_vl", files, tmp_path)
-    assert found.video == (4096, 32768) and found.sampling == Sampling(fps=2.0, most=64)
+    assert found.video == (4096, 32768) and found.sampling == FrameSampling(fps=2.0, most=64)
     files["video_preprocessor_config.json"] = video | {"num_frames": 8, "do_sample_frames": False}
-    assert read("qwen3_vl", files, tmp_path).sampling == Sampling(frames=8)
+    assert read("qwen3_vl", files, tmp_path).sampling == FrameSampling(frames=8)
     encoded = {name: json.dumps(values).encode() for name, values in files.items()}
     config = tiny_families.pair("qwen3_vl")[0].config
-    assert read_preprocessors(encoded, tmp_path, config.vision, PixelLimits(1, 2), 2.0).sampling == Sampling(frames=8)
+    assert read_preprocessors(encoded, tmp_path, config.vision, PixelLimits(1, 2), 2.0).sampling == FrameSampling(
+        frames=8
+    )
     processor = Processor(words(*MARKS), family=type(config), vision=config.vision, video=PixelLimits(4096, 32768))
     frames = [np.zeros((200, 300, 3), np.uint8)] * 5
     _, grid = processor.patches(frames, True)
@@ -212,7 +214,7 @@ def test_which_frames_are_taken(count, rate, fps, least, most):
     expected = Qwen3VLVideoProcessor.sample_frames(own, metadata, num_frames=frames, fps=fps).tolist()
     if frames and frames > count:  # transformers repeats some
         expected = list(range(count))
-    assert Sampling(fps, frames, least, most).indices(count, rate) == expected
+    assert FrameSampling(fps, frames, least, most).indices(count, rate) == expected
 
 
 @pytest.mark.parametrize(

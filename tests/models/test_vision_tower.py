@@ -8,7 +8,7 @@ from tiny_qwen import relative, tiny_config
 
 from pixel_jax.models.layers import unstack
 from pixel_jax.models.rope import vision_angles
-from pixel_jax.models.vision import Blocks, Layout, VisionTower
+from pixel_jax.models.vision import Blocks, PatchLayout, VisionTower
 
 GRIDS = [(2, 2), (2, 40), (40, 2), (8, 8), (10, 12), (12, 6), (6, 26), (8, 16)]  # patches; windows are 8 x 8
 
@@ -61,7 +61,7 @@ def test_block(pair, rng, patches, index, full):
     place = [int(np.flatnonzero((cells["first"] == cell).all(axis=(1, 2)))[0]) for cell in cells["embedded"]]
     assert sorted(place) == list(range(h * w // 4)) != place
     x, expected = (cells[name][place].reshape(h * w, 32) for name in ("given", "made"))
-    layout = Layout(jnp.array([[h, w]]), patches, ours.config.vision)
+    layout = PatchLayout(jnp.array([[h, w]]), patches, ours.config.vision)
     cos, sin = vision_angles(layout.row, layout.column, ours.config.vision.head_dim)
     block = unstack(ours.visual.blocks, ours.config.vision.depth)[index]
     by_window = padded(x, patches).reshape(patches // 4, -1)[layout.order[0]].reshape(1, patches, -1)
@@ -120,7 +120,7 @@ def test_several_slices_at_once(pair, rng):
 def test_layout_puts_the_patches_of_a_window_together(config):
     """All grids of up to 64 patches: every token once, windows in raster order, padding at the end, patches in merge order."""
     grids = [(h, w) for h in range(2, 66, 2) for w in range(2, 66, 2) if h * w <= 64]
-    layout = Layout(jnp.array(grids), 64, config.vision)
+    layout = PatchLayout(jnp.array(grids), 64, config.vision)
     for i, (h, w) in enumerate(grids):
         tokens, patches = h * w // 4, h * w
         down, across = np.divmod(np.arange(tokens), w // 2)

@@ -76,7 +76,7 @@ def stretches(text: str) -> list[str]:
 
 
 def vocabulary_of(chain, tools) -> Vocabulary:
-    """Of a talker that follows `chain` and is told of `tools`."""
+    """Of a scripted model that follows `chain` and is told of `tools`."""
     found = {text for text in chain if len(text) > 1} | {"system\n", "user\n", template.GUIDELINES["vcot"]}
     found |= {template.system_prompt(tools)}
     for kind in observations.kinds_of(tools):
@@ -108,7 +108,7 @@ def model() -> Model:
 
 
 def qwen2_5_vl(words: Vocabulary, size: int, hidden: int) -> Qwen2_5_VLConfig:
-    """The configuration of the talker for a vocabulary of `size`."""
+    """The configuration of the model for a vocabulary of `size`."""
     return Qwen2_5_VLConfig(
         text=TextConfig(
             vocab_size=size,
@@ -136,11 +136,11 @@ def qwen2_5_vl(words: Vocabulary, size: int, hidden: int) -> Qwen2_5_VLConfig:
 
 
 def network(words: Vocabulary, chain=CHAIN, make_config=qwen2_5_vl) -> Model:
-    """The talker in the ids of `words`; `chain`: what may follow what."""
+    """The scripted model in the ids of `words`; `chain`: what may follow what."""
     size = len(words.table.length)
     hidden = 64 * -(-size // 64)
     config = make_config(words, size, hidden)
-    talker = LanguageModel(config, jax.random.key(0))
+    model = LanguageModel(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
     token = lambda text: words.im_end if text == END else words.encode(text)[0]
     for before, after in chain.items():
@@ -152,9 +152,9 @@ def network(words: Vocabulary, chain=CHAIN, make_config=qwen2_5_vl) -> Model:
     embed[np.arange(size), np.arange(size)] = 60.0
     head = np.zeros((size, hidden), np.float32)
     head[:, :size] = table.T / np.sqrt(hidden)
-    talker.language_model.embed_tokens.weight[...] = jnp.asarray(embed)
-    talker.lm_head.weight[...] = jnp.asarray(head)
-    return talker
+    model.language_model.embed_tokens.weight[...] = jnp.asarray(embed)
+    model.lm_head.weight[...] = jnp.asarray(head)
+    return model
 
 
 CONFIG = RolloutConfig(

@@ -1,4 +1,4 @@
-"""One small talker, and one shape of prompts, that all tests of this folder share: its programs are compiled once."""
+"""One small scripted model, and one shape of prompts, that all tests of this folder share: its programs are compiled once."""
 
 import dataclasses
 import functools

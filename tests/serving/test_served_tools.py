@@ -62,7 +62,7 @@ CONFIG = dataclasses.replace(USUAL, max_calls=2, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory):
+def served(tmp_path_factory):
     """A speaker with the two tools, and their workers, which import them from the current directory."""
     folder = tmp_path_factory.mktemp("tools")
     (folder / "my_host_tools.py").write_text(CODE)
@@ -76,8 +76,8 @@ def talker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def server(talker):
-    signals, (speaker, host) = main.SIGNALS, talker
+def server(served):
+    signals, (speaker, host) = main.SIGNALS, served
     running = Running(speaker, host=host)
     yield running
     running.stop()
@@ -161,9 +161,9 @@ def test_pictures_that_a_tool_has_drawn_are_in_the_transcript(server):
     assert drawn > 0
 
 
-def test_chat(talker):
+def test_chat(served):
     """The pictures that a tool drew are shown and kept, question after question."""
-    speaker, host = talker
+    speaker, host = served
     stream = io.StringIO()
     chat = Chat(speaker, host=host, seed=3, screen=Screen(stream))
     for number in range(4):

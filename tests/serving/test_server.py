@@ -59,7 +59,7 @@ class Running:
         app = make_app(self.engine, dict.fromkeys(sessions, speaker), hosts=hosts, key=key, body_bytes=body_bytes)
         listener = main.listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
-        self.signals = types.SimpleNamespace(told=False)
+        self.signals = types.SimpleNamespace(requested=False)
         main.SIGNALS = self.signals
         self.thread = threading.Thread(target=lambda: asyncio.run(main.serve(app, self.engine, listener)))
         self.engine.start()
@@ -87,7 +87,7 @@ class Running:
             connection.close()
 
     def stop(self):
-        self.signals.told = True
+        self.signals.requested = True
         self.thread.join(60)
         assert not self.thread.is_alive()
         self.engine.join(60)
@@ -448,7 +448,7 @@ def test_what_runs_is_finished_and_what_comes_is_refused(speaker, server):
         for thread in asking:
             thread.start()
         wait_for(lambda: sum(other.engine.counts()["tiny"]) == 6)
-        other.signals.told = True
+        other.signals.requested = True
         wait_for(lambda: other.engine.closing)
         with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
             ask(client, "Which?", IMAGES[0])

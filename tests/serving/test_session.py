@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pixel_jax.rollouts.prompts import PromptError, Query, prompt_tokens
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, STOP_REASONS
-from pixel_jax.serving.conversation import Clip, Message, last_turn, prompt_of
+from pixel_jax.serving.conversation import ChatMessage, Clip, last_turn, prompt_of
 from pixel_jax.serving.session import Progress, Reader, Saw, Session, Wrote
 from tests.rollouts import scripted_model
 from tests.serving.conftest import CONFIG, SHAPE, alone, vocabulary
@@ -19,7 +19,7 @@ QUERIES = scripted_model.queries(6)
 
 
 def said(role, *parts):
-    return Message(role, parts)
+    return ChatMessage(role, parts)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pixel_jax.rollouts.rollout import rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, executed_calls, to_host
 from pixel_jax.training.answers import given_answer
-from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together, draw_rollouts, written
+from pixel_jax.training.looks import AllLooks, Asker, HeldOutLoss, Sampling, draw_rollouts, written
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.stages import Collected, Questions, Scored, Weighed
@@ -114,7 +114,7 @@ def test_numbers_are_of_every_question_once(asked):
 
 def test_looks_add_up():
     first, second = lambda state: ({"loss": state}, ["a"]), lambda state: ({"accuracy": 1}, ["b"])
-    assert Together(first, second)(3) == ({"loss": 3, "accuracy": 1}, ["a", "b"])
+    assert AllLooks(first, second)(3) == ({"loss": 3, "accuracy": 1}, ["a", "b"])
 
 
 def drawable(config):

@@ -90,7 +90,7 @@ def test_killed_between_and_in_a_save(undisturbed, tmp_path):
 
 def test_told_to_go_then_damaged_then_out_of_space(undisturbed, tmp_path):
     code, said = start(tmp_path, "term", 5)
-    assert code == CODE and "told to go; 5 of 9 steps are done and saved" in said and newest(tmp_path).name == "5"
+    assert code == CODE and "asked to stop; 5 of 9 steps are done and saved" in said and newest(tmp_path).name == "5"
     spoil(newest(tmp_path), np.random.default_rng(0))
     code, said = start(tmp_path, "full", 7)  # at step 4 again
     # Checkpoint 6 may still be on its way when the disk is full.
@@ -108,7 +108,7 @@ def test_a_run_that_waits_for_data_hears_that_it_is_to_go(undisturbed, tmp_path)
             said += process.stdout.readline()
         process.send_signal(number)
         assert process.wait(300) == CODE
-        assert f"told to go; {step} of 9 steps are done and saved" in process.stdout.read()
+        assert f"asked to stop; {step} of 9 steps are done and saved" in process.stdout.read()
         assert newest(tmp_path).name == str(step)
     finish(undisturbed, tmp_path)
 

@@ -6,13 +6,13 @@ import http.client
 import threading
 
 from pixel_jax.serving.http import listen, make_server
-from pixel_jax.view import Source, names_of
+from pixel_jax.view import RunOpener, names_of
 from pixel_jax.viewer.app import make_app
 from pixel_jax.viewer.index import Index
 
 
 def index_of(*paths):
-    source = Source(100)
+    source = RunOpener(100)
     index = Index([source.open(path) for path in paths], names_of(paths))
     index.refresh()
     return index

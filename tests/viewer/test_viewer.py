@@ -24,7 +24,7 @@ from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.state_files import to_json
 from pixel_jax.training.watch import thin
 from pixel_jax.training.writers import MetricsLog, read_metrics
-from pixel_jax.view import Source, names_of
+from pixel_jax.view import RunOpener, names_of
 from pixel_jax.viewer import index as index_module
 from pixel_jax.viewer.app import HEADERS
 from pixel_jax.viewer.index import Filter, FilterError
@@ -56,7 +56,7 @@ def test_a_running_run(tmp_path):
     made_runs.torn(metrics)
     index = index_of(run)
     state, version = index.state(), index.version
-    assert ["rl", "16 of 16 iterations"] == list(state["runs"][0]["facts"][0]) and state["runs"][0]["problems"] == []
+    assert ["rl", "16 of 16 iterations"] == list(state["runs"][0]["status"][0]) and state["runs"][0]["problems"] == []
     accuracy = next(x for x in state["charts"] if x["title"] == "rl: accuracy")
     expected = [(x["step"] + 1, x["accuracy"]) for x in read_metrics(metrics) if "accuracy" in x]
     assert [line["label"] for line in accuracy["lines"]] == ["training", "held out"]
@@ -83,7 +83,7 @@ def test_a_running_run(tmp_path):
     # It goes on from an earlier step: the file is written anew, and shorter.
     MetricsLog(metrics, 4).close()
     index.refresh()
-    assert index.state()["runs"][0]["facts"][0][1] == "4 of 16 iterations"
+    assert index.state()["runs"][0]["status"][0][1] == "4 of 16 iterations"
 
 
 @given(cuts=st.lists(st.integers(0, 400), max_size=6))
@@ -325,7 +325,7 @@ def test_what_is_no_run(tmp_path):
         open_run(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="there is no file or directory|does not hold"):
-        Source(9).open(tmp_path / "pipe.json")
+        RunOpener(9).open(tmp_path / "pipe.json")
 
 
 @pytest.mark.parametrize("paths, names", [

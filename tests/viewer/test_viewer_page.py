@@ -123,7 +123,7 @@ def test_what_changed_between_two_runs_is_shown_side_by_side(pages, browser):
     assert count(browser, ".list .right") == 0
     browser.run("document.querySelector('.list a').click()")
     browser.until("document.querySelectorAll('.sides article').length === 2")
-    assert texts(browser, ".sides article .facts .right, .sides article .facts .wrong") == ["✓ right", "✗ wrong"]
+    assert texts(browser, ".sides article .pairs .right, .sides article .pairs .wrong") == ["✓ right", "✗ wrong"]
 
 
 def test_a_trace_has_its_boxes_crops_and_log_probabilities(pages, browser):

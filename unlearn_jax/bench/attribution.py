@@ -184,7 +184,7 @@ def influences(task: PeopleTask, adapter: Params, examples: Any, tests: Any) -> 
             continue
         from unlearn_jax.bench import influences as libraries
 
-        twin = libraries.Facts(task.model.base, adapter, task.config.network.heads, examples, tests)
+        twin = libraries.LearnedFacts(task.model.base, adapter, task.config.network.heads, examples, tests)
         for name, score in getattr(twin, package)().items():
             found[f"{package}, {name}"] = functools.cache(score)
     return found

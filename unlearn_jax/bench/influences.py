@@ -23,7 +23,7 @@ Scores = Callable[[], np.ndarray]  # [tests, examples]
 SEED = 0  # of the labels that are drawn for the curvature
 
 
-class Facts:
+class LearnedFacts:
     """An adapter, the examples that it has learned, and the test examples."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Facts:
         from kronfluence.arguments import FactorArguments, ScoreArguments
         from kronfluence.task import Task
 
-        class Answers(Task):
+        class AnswerTask(Task):
             def compute_train_loss(self, batch, model, sample=False):
                 return mean_losses(model(batch[0]), batch, sample).sum()
 
@@ -64,9 +64,9 @@ class Facts:
                 return batch[3]
 
         torch.manual_seed(SEED)
-        model = prepare_model(self.twin(), Answers())
+        model = prepare_model(self.twin(), AnswerTask())
         with tempfile.TemporaryDirectory() as directory:
-            analyzer = Analyzer("facts", model, Answers(), cpu=True, output_dir=directory, disable_tqdm=True)
+            analyzer = Analyzer("facts", model, AnswerTask(), cpu=True, output_dir=directory, disable_tqdm=True)
             size = len(self.learned)
             factors = FactorArguments(strategy="ekfac")
             analyzer.fit_all_factors("ekfac", self.learned, per_device_batch_size=size, factor_args=factors)

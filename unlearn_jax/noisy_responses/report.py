@@ -1,7 +1,7 @@
 """What the page of studies of wrong answers says: `python -m unlearn_jax.noisy_responses`."""
 
 from unlearn_jax.noisy_responses.config import NoisyResponsesConfig
-from unlearn_jax.studies.page import INTERVALS_EXPLAINED, METHODS_EXPLAINED, Report
+from unlearn_jax.studies.page import INTERVALS_EXPLAINED, METHODS_EXPLAINED, StudyReport
 from unlearn_jax.studies.table import FORGETTING, Reported
 
 INTRODUCTION = f"""# Correcting wrong answers of a vision-language model
@@ -51,4 +51,6 @@ def arrangement(config: NoisyResponsesConfig) -> str:
     )
 
 
-REPORT = Report(INTRODUCTION, {**SCORES, **FORGETTING}, {"accuracy": SCORES["accuracy"]}, PAPER, REPORTED, arrangement)
+REPORT = StudyReport(
+    INTRODUCTION, {**SCORES, **FORGETTING}, {"accuracy": SCORES["accuracy"]}, PAPER, REPORTED, arrangement
+)

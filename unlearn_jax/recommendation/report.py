@@ -1,7 +1,7 @@
 """What the page of recommendation studies says: `python -m unlearn_jax.recommendation`."""
 
 from unlearn_jax.recommendation.config import RatingsConfig, RecommendationConfig
-from unlearn_jax.studies.page import INTERVALS_EXPLAINED, METHODS_EXPLAINED, Report
+from unlearn_jax.studies.page import INTERVALS_EXPLAINED, METHODS_EXPLAINED, StudyReport
 from unlearn_jax.studies.table import FORGETTING, Reported
 
 INTRODUCTION = f"""# Unlearning recommendations
@@ -56,7 +56,7 @@ def _tested(data: RatingsConfig) -> str:
     return f"{rows} {whose} ({data.test_share:.0%} of the users) {verb} tested.{films}"
 
 
-REPORT = Report(
+REPORT = StudyReport(
     INTRODUCTION,
     {**SCORES, **FORGETTING},
     {name: SCORES[name] for name in ("auc", "hit_ratio")},

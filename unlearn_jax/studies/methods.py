@@ -24,7 +24,7 @@ SHARDS = 4  # of SISA, as in LLMEraser's comparison
 Cost = Literal["nothing", "training", "edit"]
 
 
-class Attempt(NamedTuple):
+class MethodResult(NamedTuple):
     """The result of a method on a case."""
 
     adapters: Params  # [adapters, ...]: one adapter, or those of SISA's shards
@@ -48,12 +48,12 @@ class Method:
     cost: Cost  # "edit": as much as the edit by `erase` has cost
     tuned: bool = False  # whether its learning rate is chosen on the tuning seed
 
-    def __call__(self, case: Case, allowance: Allowance) -> Attempt:
+    def __call__(self, case: Case, allowance: Allowance) -> MethodResult:
         """Computes adapters; raises FloatingPointError if the method diverges."""
         begun = time.perf_counter()
         adapters, gradients, remarks = self.make(case, allowance)
         # On the host, so that the programs that score adapters are compiled once for all methods.
-        return Attempt(jax.tree.map(np.asarray, adapters), gradients, time.perf_counter() - begun, remarks)
+        return MethodResult(jax.tree.map(np.asarray, adapters), gradients, time.perf_counter() - begun, remarks)
 
 
 def _corrupted(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, Any]]:

@@ -28,7 +28,7 @@ INTERVALS_EXPLAINED = """\
 """
 
 
-class Report(NamedTuple):
+class StudyReport(NamedTuple):
     """What the page of a kind of studies says."""
 
     introduction: str  # up to the first study
@@ -39,7 +39,7 @@ class Report(NamedTuple):
     arrangement: Callable[[Any], str]  # the data, the training and the adapter of a configuration, in a sentence
 
 
-def write_page(studies: Mapping[str, StudyConfig], stem: pathlib.Path, report: Report) -> None:
+def write_page(studies: Mapping[str, StudyConfig], stem: pathlib.Path, report: StudyReport) -> None:
     """Writes the page, its numbers and its picture to `stem`.md, .json and .png, whatever the ending of `stem`."""
     parts, numbers, pictures = [report.introduction], {}, []
     for name, config in studies.items():
@@ -64,7 +64,7 @@ def write_page(studies: Mapping[str, StudyConfig], stem: pathlib.Path, report: R
 
 
 def _study(
-    name: str, config: StudyConfig, rows: Sequence[TableRow], done: int, all_of_them: int, report: Report
+    name: str, config: StudyConfig, rows: Sequence[TableRow], done: int, all_of_them: int, report: StudyReport
 ) -> str:
     lines = [
         f"## {name}",
@@ -140,7 +140,7 @@ def shipped(kind: type[StudyConfig], names: Sequence[str]) -> dict[str, Any]:
     return {name: load(kind, parser.parse(name)) for name in names}
 
 
-def main(package: str, kind: type[StudyConfig], report: Report) -> None:
+def main(package: str, kind: type[StudyConfig], report: StudyReport) -> None:
     """`python -m PACKAGE PAGE CONFIG [CONFIG ...]`, which writes the page of studies."""
     parser = argparse.ArgumentParser(prog=f"python -m {package}", description="Writes the page of studies.")
     parser.add_argument("page", type=pathlib.Path, help="the page, such as docs/unlearn-movielens.md")

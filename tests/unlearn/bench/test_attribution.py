@@ -59,7 +59,7 @@ def test_subsets_are_drawn_by_their_number():
 @pytest.mark.torch
 def test_scores_of_libraries_tend_to_those_of_gradients(tmp_path):
     """With a large damping a score is a product of two gradients, which are those of the model in JAX."""
-    from unlearn_jax.bench.influences import Facts, gradients
+    from unlearn_jax.bench.influences import LearnedFacts, gradients
 
     task = PeopleTask.of(SMALL.config(str(tmp_path)))
     items = task.items()
@@ -67,7 +67,7 @@ def test_scores_of_libraries_tend_to_those_of_gradients(tmp_path):
     adapter = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.3, x.shape), x.dtype), task.model.fresh)
     tests = task.model.words.encode([(row.question, row.paraphrase) for row in list(items.values())[:5]])
     examples = {name: x for name, x in task.encode(items).items() if name != "id"}
-    facts = Facts(task.model.base, adapter, task.config.network.heads, examples, tests)
+    facts = LearnedFacts(task.model.base, adapter, task.config.network.heads, examples, tests)
     slopes, learned = (np.asarray(attribution._gradients(task.model.loss(), adapter, x)) for x in (tests, examples))
     expected = slopes @ learned.T
     ours, theirs = (gradients(facts.twin(), rows.tensors) for rows in (facts.tests, facts.learned))

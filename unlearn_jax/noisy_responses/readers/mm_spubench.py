@@ -16,7 +16,7 @@ from pixel_jax.data.example import Example, ExampleError, ReadReport
 from pixel_jax.files import read_json
 from pixel_jax.terminal import brief
 from unlearn_jax.noisy_responses.questions import LETTERS, ChoiceQuestion, with_options
-from unlearn_jax.noisy_responses.readers.rows import Row, rows_of
+from unlearn_jax.noisy_responses.readers.rows import FileRow, rows_of
 
 FILE, PICTURES = "annotation.json", pathlib.PurePath("data/images")
 LIMIT = 2**28  # bytes of the annotations, which have 1.5 MB
@@ -38,7 +38,7 @@ def read_mm_spubench(directory: pathlib.Path, report: ReadReport) -> list[Choice
     return questions
 
 
-def _question(row: Row, number: int, pictures: dict[str, pathlib.Path], directory: pathlib.Path) -> ChoiceQuestion:
+def _question(row: FileRow, number: int, pictures: dict[str, pathlib.Path], directory: pathlib.Path) -> ChoiceQuestion:
     options, letters = row.texts("choices"), LETTERS
     if not 2 <= len(options) <= len(letters):
         raise row.error(f"'choices' has {len(options)} texts, not 2 to {len(letters)}")

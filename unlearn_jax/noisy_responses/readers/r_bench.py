@@ -20,7 +20,7 @@ from pixel_jax.data.sources import locate
 from pixel_jax.files import read_json
 from pixel_jax.terminal import brief
 from unlearn_jax.noisy_responses.questions import WORD, ChoiceQuestion
-from unlearn_jax.noisy_responses.readers.rows import Row, rows_of
+from unlearn_jax.noisy_responses.readers.rows import FileRow, rows_of
 
 CHOICES = ("Yes", "No")
 LIMIT = 2**28  # bytes of a file
@@ -71,7 +71,7 @@ def _ids(path: pathlib.Path) -> set[str]:
     return set(map(str, values))
 
 
-def _question(row: Row, name: str, folder: pathlib.Path, others: Sequence[str]) -> ChoiceQuestion:
+def _question(row: FileRow, name: str, folder: pathlib.Path, others: Sequence[str]) -> ChoiceQuestion:
     label = LABEL.match(row.text("label"))
     if label is None:
         raise row.error(f"'label' is {brief(row.text('label'))}, which begins with neither Yes nor No")

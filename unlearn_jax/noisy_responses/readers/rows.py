@@ -11,7 +11,7 @@ from pixel_jax.terminal import brief
 from unlearn_jax.noisy_responses.questions import ChoiceQuestion
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     """A row of a list in a file."""
 
     where: str  # the file and the number of the row, from 1
@@ -70,8 +70,8 @@ class Row(NamedTuple):
         report.take(questions, checked)
 
 
-def rows_of(path: pathlib.Path, values: Any) -> list[Row]:
+def rows_of(path: pathlib.Path, values: Any) -> list[FileRow]:
     """The rows of a file's list; ExampleError if it holds none."""
     if not isinstance(values, list) or not values:
         raise ExampleError(f"{path} holds {brief(values)}, not a list of questions")
-    return [Row(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]
+    return [FileRow(f"{path}, row {number}", value) for number, value in enumerate(values, 1)]

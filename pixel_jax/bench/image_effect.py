@@ -20,7 +20,7 @@ CLEAR = 10  # times the rounding: a larger change is caused by the picture
 FAINT = 1e-3  # of the size of words' embeddings: smaller features are those of an untrained projector
 
 
-class Sight(NamedTuple):
+class ImageEffect(NamedTuple):
     """The changes that greying a picture makes, of log-probabilities in nats, the largest among the tokens of the answer."""
 
     moved: float  # change of log-probabilities by the grey picture
@@ -57,7 +57,9 @@ class Sight(NamedTuple):
         )
 
 
-def measure_sight(model: Model, processor: Processor, image: np.ndarray, question: str, answer: str) -> Sight:
+def measure_image_effect(
+    model: Model, processor: Processor, image: np.ndarray, question: str, answer: str
+) -> ImageEffect:
     """Asks the model about a picture and about its mean colour, in one call of `pixel_jax.forward`.
 
     Args:
@@ -105,7 +107,7 @@ def measure_sight(model: Model, processor: Processor, image: np.ndarray, questio
     features = _features(model, inputs["pixel_values"][: 2 * len(grey_pixels)], inputs.get("image_grid_thw"))
     size = float(np.sqrt(np.mean(features[0] ** 2)))
     words = np.asarray(model.embed(row[None, -len(written) :])[..., : model.config.text.hidden_size], np.float32)
-    return Sight(
+    return ImageEffect(
         moved=float(np.abs(original - blank).max()),
         rounding=max(float(np.abs(original - shifted).max()), float(jnp.finfo(model.dtype).eps)),
         changed=float(np.abs(features[0] - features[1]).max() / max(np.abs(features[0]).max(), 1e-30)),

@@ -1,4 +1,4 @@
-"""Whether a model sees, against transformers' log-probabilities, and of models whose sight is broken on purpose."""
+"""Whether a model sees, against transformers' log-probabilities, and of models that are blind on purpose."""
 
 import jax
 import numpy as np
@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pixel_jax.bench.check_trial import PICTURE, look
-from pixel_jax.bench.checklist import Checklist, Rows
-from pixel_jax.bench.sight import measure_sight
+from pixel_jax.bench.checklist import Checklist, UsableExamples
+from pixel_jax.bench.image_effect import measure_image_effect
 from pixel_jax.data.example import Example
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.processor import Processor
@@ -49,7 +49,7 @@ def test_against_transformers(name):
 
     ours, theirs = pair(name)
     processor = processor_of(ours)
-    sight = measure_sight(ours, processor, *ASKED)
+    effect = measure_image_effect(ours, processor, *ASKED)
     image, question, answer = ASKED
     grey = np.full_like(image, image.mean(axis=(0, 1)).round())
     placeholder = ours.config.placeholders[0]
@@ -66,8 +66,8 @@ def test_against_transformers(name):
             logprobs = theirs(**given, use_cache=False).logits.log_softmax(-1)[0]
         written = given["input_ids"][0, -4:]
         found.append(logprobs[-5:-1].gather(1, written[:, None].long()).numpy())
-    assert sight.moved == pytest.approx(np.abs(found[0] - found[1]).max(), rel=1e-3) and sight.moved > 1e-3
-    assert sight.sees and sight.rounding < 1e-4 and sight.changed > 0.01
+    assert effect.moved == pytest.approx(np.abs(found[0] - found[1]).max(), rel=1e-3) and effect.moved > 1e-3
+    assert effect.sees and effect.rounding < 1e-4 and effect.changed > 0.01
 
 
 @pytest.mark.parametrize("name", SEEING)
@@ -75,7 +75,7 @@ def test_a_model_that_is_blind(name, tmp_path, capsys):
     """The command says so, with the cause, and that it stops."""
     ours, _ = pair(name)
     processor, checks = processor_of(ours), Checklist(tmp_path / "check.json")
-    rows = Rows("rl", [Example("a", ASKED[1], (), (ASKED[2],))], ())  # it shows no picture: ours is shown
+    rows = UsableExamples("rl", [Example("a", ASKED[1], (), (ASKED[2],))], ())  # it shows no picture: ours is shown
     assert look(checks, ours, processor, rows) and checks.lines[-1].status == "ok"
     for wrong, cause in {
         LAST: "the features of the picture are all zero: the last weights of the vision tower (merger, projector) are zero",
@@ -85,7 +85,7 @@ def test_a_model_that_is_blind(name, tmp_path, capsys):
         assert not look(checks, model, processor, None) and checks.wrong == ["sees"]
         line = checks.lines[-1]
         assert line.found.startswith("no: without the picture") and line.remedy.startswith(cause), line
-        assert measure_sight(model, processor, *PICTURE).moved == 0
+        assert measure_image_effect(model, processor, *PICTURE).moved == 0
     assert "wrong  sees" in capsys.readouterr().out
 
 
@@ -97,14 +97,14 @@ def test_faint_features_and_a_decoder_that_passes_over_them():
     assert len(last) == 2
     for weight in last:
         weight[...] = weight[...] * 1e-12
-    sight = measure_sight(faint, processor_of(ours), *ASKED)
+    effect = measure_image_effect(faint, processor_of(ours), *ASKED)
     assert (
-        not sight.sees
-        and sight.cause.startswith("the features are ")
-        and "the projector seems untrained" in sight.cause
+        not effect.sees
+        and effect.cause.startswith("the features are ")
+        and "the projector seems untrained" in effect.cause
     )
-    sight = measure_sight(broken(ours, "model.layers"), processor_of(ours), *ASKED)
-    assert not sight.sees and "the tokens of pictures are not replaced by them" in sight.cause
+    effect = measure_image_effect(broken(ours, "model.layers"), processor_of(ours), *ASKED)
+    assert not effect.sees and "the tokens of pictures are not replaced by them" in effect.cause
 
 
 def test_a_language_model_has_nothing_to_see(tmp_path):
@@ -112,10 +112,10 @@ def test_a_language_model_has_nothing_to_see(tmp_path):
     checks = Checklist(tmp_path / "check.json")
     assert look(checks, ours, processor_of(ours), None) and checks.lines[-1].found == "text only: nothing to see"
     with pytest.raises(ValueError, match="family 'qwen3' sees no images"):
-        measure_sight(ours, processor_of(ours), *ASKED)
+        measure_image_effect(ours, processor_of(ours), *ASKED)
 
 
 def test_a_picture_of_one_colour_is_passed_over(tmp_path):
     ours, _ = pair("qwen2_vl")
     with pytest.raises(ValueError, match="one colour"):
-        measure_sight(ours, processor_of(ours), np.full((56, 56, 3), 7, np.uint8), "w1", "w2")
+        measure_image_effect(ours, processor_of(ours), np.full((56, 56, 3), 7, np.uint8), "w1", "w2")
