@@ -213,7 +213,7 @@ def build_rollout(quick: bool) -> Workload:
         aims=aims,
         memory=tuple(alternatives),
         rounds=2,
-        facts={"tokens written": tokens},
+        details={"tokens written": tokens},
     )
 
 
@@ -240,7 +240,7 @@ def build_queue(quick: bool) -> Workload:
         alternatives,
         close(1e-4),
         rounds=2,
-        facts={"tokens written": int(sampled.loss_mask.sum())},
+        details={"tokens written": int(sampled.loss_mask.sum())},
     )
 
 

@@ -96,7 +96,7 @@ def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpee
         "share_of_read": None if work.bytes is None else work.bytes / seconds / machine.read,
         "alternatives": {name: dataclasses.asdict(timing) for name, timing in timings.items()},
         "aims": aims,
-        "facts": dict(work.facts),
+        "details": dict(work.details),
     }
 
 
@@ -139,7 +139,7 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
         what = "less memory than" if aim["memory"] else "faster than"
         reached = "too little to measure" if aim["reached"] is None else f"reached {aim['reached']:.2f}x"
         remarks.append(f"aim {aim['ratio']:.2g}x {what} {aim['against']}, {reached}")
-    return remarks + [f"{name} {value}" for name, value in entry["facts"].items()]
+    return remarks + [f"{name} {value}" for name, value in entry["details"].items()]
 
 
 def describe(machine: MachineSpeed) -> str:

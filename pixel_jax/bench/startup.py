@@ -49,7 +49,7 @@ def build_cold_start(quick: bool) -> Workload:
         lambda outputs: None,
         memory=(),
         rounds=3,
-        facts={"aim": f"under {COLD_START_AIM:.0f} s"},
+        details={"aim": f"under {COLD_START_AIM:.0f} s"},
     )
 
 

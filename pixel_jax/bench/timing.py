@@ -55,7 +55,7 @@ class Workload:
     memory: tuple[str, ...] | None = None  # alternatives whose peak memory is measured; None: ours
     cores: int | None = None  # cores that the alternatives may use; None: all of the process
     rounds: int = 5  # least number of rounds
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the record
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the record
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ def product(quick: bool) -> Workload:
         memory=tuple(
             name for name in ("hvp", "torch, double backward", "torch.func, jvp of grad") if name in alternatives
         ),
-        facts=_missing(),
+        details=_missing(),
     )
 
 
@@ -125,7 +125,7 @@ def reused(quick: bool) -> Workload:
         check=_equal,
         aims=tuple(aims),
         memory=tuple(name for name in ("hvp, linearize", "torch, retained graph") if name in alternatives),
-        facts=_missing(),
+        details=_missing(),
     )
 
 
@@ -143,7 +143,7 @@ def solve(quick: bool) -> Workload:
     answers = {
         kind: np.linalg.solve(A + damping * np.eye(len(A)), np.asarray(b, np.float64)) for kind, A in dense.items()
     }
-    facts = {"damping": f"{damping:.3g}", **_missing()}
+    details = {"damping": f"{damping:.3g}", **_missing()}
     kinds = {"cg, hessian": "hessian", "cg, ggn": "ggn", "ekfac": "ggn"}
     alternatives = {
         "cg, hessian": lambda: _cg(problem, hvp, damping),
@@ -166,11 +166,11 @@ def solve(quick: bool) -> Workload:
         for name, x in outputs.items():
             answer = answers[kinds[name]]
             error = np.linalg.norm(_flat(x) - answer) / np.linalg.norm(answer)
-            facts[name] = f"is {error:.2g} from the dense answer ({kinds[name]})"
+            details[name] = f"is {error:.2g} from the dense answer ({kinds[name]})"
             if name.startswith("cg") and not error < 10 * RTOL * (1 + values[-1] / damping):
                 raise ValueError(f"{name}: its solution is {error:.2g} from the dense answer")
 
-    return Workload(shapes=problem.describe(), alternatives=alternatives, check=check, facts=facts)
+    return Workload(shapes=problem.describe(), alternatives=alternatives, check=check, details=details)
 
 
 CASES = (Case("product", product), Case("reused", reused), Case("solve", solve))
