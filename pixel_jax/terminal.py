@@ -79,9 +79,8 @@ def put(text: str, stream: TextIO | None, *, passing: bool = False) -> None:
 
 
 def _write(text: str, stream: TextIO) -> None:
-    with contextlib.suppress(
-        OSError, ValueError
-    ):  # ValueError: the stream is closed, or its encoding lacks a character
+    # ValueError: the stream is closed, or its encoding lacks a character.
+    with contextlib.suppress(OSError, ValueError):
         print(text, file=stream, end="", flush=True)
 
 

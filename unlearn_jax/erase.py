@@ -47,9 +47,8 @@ class Report:
     config: ErasureConfig
     residual_gradient: float  # |grad R| before the edit: how far training was from converged
     right_side: float  # |b| of the first solve
-    unfinished: (
-        float  # residual_gradient / right_side; far above one, training left a gradient much larger than the edit's
-    )
+    # residual_gradient / right_side; far above one, training left a gradient much larger than the edit's.
+    unfinished: float
     delta_norm: float
     adapter_norm: float  # before the edit
     rounding: float  # |edited adapter - (original adapter + delta)| / |delta|: the error of rounding to 16 bits

@@ -109,11 +109,8 @@ class Learning:
     def random_rows(self, prompts: HostPrompts, shape: RolloutShape) -> Trajectories[VisualRecord]:
         """Makes rows as long as they may be, with one or two crops each."""
         config, rows = self.config, len(prompts.length) * self.config.group_size
-        length, numbers, frames = (
-            prompts.tokens.shape[1] + config.max_response,
-            config.max_calls + 1,
-            1 + config.max_calls,
-        )
+        length = prompts.tokens.shape[1] + config.max_response
+        numbers = frames = config.max_calls + 1
         called = np.arange(numbers) < self.random.integers(1, 3, (rows, 1))
         crops = np.where(called, 0, -1).astype(np.int32)
         box = np.where(called[..., None], np.array([100, 100, 900, 700]), 0).astype(np.int32)

@@ -275,11 +275,8 @@ def read_videomme(
     for where, read_row in parquet_rows(path, None, BenchmarkError):
         row = read_row()
         get = _fields(where, row)
-        options, letter, name = (
-            _texts(where, "options", get("options", list)),
-            get("answer", str).strip(),
-            get("videoID", str),
-        )
+        options = _texts(where, "options", get("options", list))
+        letter, name = get("answer", str).strip(), get("videoID", str)
         letters = [option.strip()[:1] for option in options]
         if "".join(letters) != LETTERS[: len(options)] or letter not in letters:
             raise BenchmarkError(f"{where}: the answer {brief(letter)} is none of the options {brief(list(options))}")

@@ -234,10 +234,8 @@ def report(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.evaluation.modes import USED
     from pixel_jax.tools.named import find_format, find_tools
 
-    out, language = (
-        pathlib.Path(config.out),
-        Language(find_tools(config.tools), find_format(config.rollout.call_format)),
-    )
+    out = pathlib.Path(config.out)
+    language = Language(find_tools(config.tools), find_format(config.rollout.call_format))
     metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}, "warnings": []}
     for name, (questions, split) in data.items():
         by_mode = {mode: complete_records(directories[name, mode], len(questions)) for mode in config.modes}

@@ -26,10 +26,8 @@ RATES = {  # name: (of what, over what), summed over a question's answers
     "operations": ("operations", "answers"),
     "tokens": ("tokens", "answers"),  # written for an answer
     "finished": ("finished", "answers"),  # ended with an answer, not at a limit
-    "evidence": (
-        "held",
-        "referred",
-    ),  # answers after a crop that holds the evidence, of those with a crop and a reference
+    # Answers after a crop that holds the evidence, of those with a crop and a reference.
+    "evidence": ("held", "referred"),
     "crop_area": ("crop_area", "referred"),  # share of the picture that the largest crop of such an answer shows
 }
 COUNTS = ("operations", "tokens")  # of an answer, not shares

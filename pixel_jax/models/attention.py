@@ -83,7 +83,7 @@ def attention(
     implementation: 'dense' (an array of scores [.., T, S]); 'chunked' (memory linear in T and S; see `chunked_attention`);
             'kernel', the platform's own, or 'chunked' if it has none. On GPUs a query whose own key is invisible returns
             zeros. If a mesh does not divide rows and heads evenly, or splits positions, 'kernel' is 'chunked', too.
-            None: by size, see `chosen`
+            None: by size, see `select_implementation`
     -> [B, T, heads, head_dim], and with return_lse (not of kernels) also the log-sum-exp of the scores, float32 [B, T, heads]
     """
     batch, length, heads, head_dim = q.shape

@@ -166,14 +166,10 @@ class TextConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
-    mrope_interleaved: bool = (
-        False  # whether frequencies of time, height and width alternate, instead of forming blocks
-    )
+    mrope_interleaved: bool = False  # frequencies of time, height and width alternate, instead of forming blocks
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0  # the share of a head's numbers that are rotated, from the first on
-    output_gate: bool = (
-        False  # whether attention's output is multiplied by the sigmoid of a gate, which `q_proj` computes, too
-    )
+    output_gate: bool = False  # attention's output is multiplied by the sigmoid of a gate, which `q_proj` computes, too
     centred_norms: bool = False  # whether RMS norms multiply by 1 + weight
 
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # that the family supports

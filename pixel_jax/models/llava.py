@@ -61,9 +61,7 @@ class CLIPConfig(TowerConfig):
     image_size: int = whole(336)
     layer_norm_eps: float = field(1e-5, check_positive)
     # From the fields of the whole model.
-    feature_layers: tuple[int, ...] = (
-        -2,
-    )  # layers whose outputs are projected; layer 0 is the input of the first block
+    feature_layers: tuple[int, ...] = (-2,)  # whose outputs are projected; layer 0 is the input of the first block
     with_class_token: bool = False
     projector_bias: bool = True
 

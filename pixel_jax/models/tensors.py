@@ -38,9 +38,8 @@ class Tensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # the file's name for it
-    values: Callable[
-        [], np.ndarray
-    ]  # returns the whole tensor; of a mapped file a view, of which only used parts are read
+    # Returns the whole tensor; of a mapped file a view, of which only used parts are read.
+    values: Callable[[], np.ndarray]
 
     def error(self, problem: str) -> FileError:
         """Returns an error about the tensor, which names it and its file."""

@@ -93,10 +93,8 @@ def fail_together() -> Iterator[None]:
         lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
         # Where a device's memory is full, no process has died, and the next start would fail in the same way.
         if lost and "RESOURCE_EXHAUSTED" not in str(error):
-            reason, code = (
-                "a step that all processes take part in has failed, most likely because one of them died",
-                LOST,
-            )
+            code = LOST
+            reason = "a step that all processes take part in has failed, most likely because one of them died"
         else:
             reason, code = f"{type(error).__name__}: {error}", 1
         message = f"{here} ends: {reason}. Start all of them again: the run goes on from its newest checkpoint."

@@ -55,9 +55,8 @@ class Machine(NamedTuple):
     chips: int
     devices: list
     flops: float  # a second, of one chip
-    node: int | None = (
-        None  # chips of a node; nodes are connected by the network. None: all chips are connected by links
-    )
+    # Chips of a node; nodes are connected by the network. None: all chips are connected by links.
+    node: int | None = None
 
     @property
     def per_chip(self) -> float:

@@ -34,9 +34,8 @@ from pixel_jax.training.state import TrainState, cast, init_state
 from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_step
 
 RUN = ("update", "score", "rollout")  # steps of RL, which are planned together; others are planned separately
-ANY_STEPS = (
-    1000  # the number of steps of SFT by epochs, which is unknown without data and only changes the learning rate
-)
+# The number of steps of SFT by epochs, which is unknown without data and only changes the learning rate.
+ANY_STEPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)

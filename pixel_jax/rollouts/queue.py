@@ -261,11 +261,8 @@ def refill(
     index = _next_prompts(queue, rank, shape)
     count, entries = queue.prompt.shape
     group = config.group_size
-    left, taken, fresh = (
-        queue.left[:, None],
-        takes.reshape(count, group),
-        jnp.int32(group),
-    )  # fresh: rows of a new prompt
+    left, taken = queue.left[:, None], takes.reshape(count, group)
+    fresh = jnp.int32(group)  # rows of a new prompt
     if queue.members is not None:
         fresh = _of_prompts(jnp.sum(queue.members >= 0, axis=1, dtype=jnp.int32), index[:, None], shape)
         taken &= _rank(taken) < left + jnp.where(opens[:, None], fresh, 0)

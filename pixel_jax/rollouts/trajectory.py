@@ -105,9 +105,8 @@ CallNumber = TypeVar("CallNumber", int, jax.Array, np.ndarray, AnyArray)
 class Views(NamedTuple):
     """K regions of images that are shown to rows, [..., K]."""
 
-    image: (
-        AnyArray  # int32 [..., K], index among the prompt's images; `made_by(n)`: the image of call n; NO_IMAGE: none
-    )
+    # int32 [..., K], index among the prompt's images; `made_by(n)`: the image of call n; NO_IMAGE: none.
+    image: AnyArray
     region: AnyArray  # int32 [..., K, 4], x1 y1 x2 y2 in the image
     size: AnyArray  # int32 [..., K, 2], (height, width) at which it is shown; zeros: none
 

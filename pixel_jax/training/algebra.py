@@ -35,9 +35,8 @@ WRITTEN_FORM = re.compile(r"[\d\s.,:/()-]*")  # 3-9, 24/12, 2:1, 2010-2012, (555
 # Factorials, numbers of many digits, and commands whose cost grows with the values of their arguments.
 UNBOUNDED = re.compile(r"[\w)}\]]\s*!|\d{41}|\\(?:[dt]?binom|sum|prod|i*nt|lim|exp)(?![a-z])", re.IGNORECASE)
 _POWER = r"[-+]?\s*(?:\d{1,4}(?![\d.])|[a-z]|\\circ|\\degree)"
-EXPONENT = re.compile(
-    rf"(?:\^|\*\*)\s*(?:\{{\s*{_POWER}\s*\}}|{_POWER})(?!\s*(?:\^|\*\*))", re.IGNORECASE
-)  # an exponent that is a number or a letter, and has no exponent itself
+# An exponent that is a number or a letter, and has no exponent itself.
+EXPONENT = re.compile(rf"(?:\^|\*\*)\s*(?:\{{\s*{_POWER}\s*\}}|{_POWER})(?!\s*(?:\^|\*\*))", re.IGNORECASE)
 
 
 def is_expression(text: str) -> bool:

@@ -140,7 +140,7 @@ def pack(
     if (sizes > capacity).any():
         row = int(np.argmax((sizes > capacity).any(axis=1)))
         raise ValueError(
-            f"row {row} has {sizes[row, 0]} tokens and {sizes[row, 1]} slices, room is {capacity[0]} and {capacity[1]}"
+            f"row {row} has {sizes[row, 0]} tokens and {sizes[row, 1]} slices, the capacity is {capacity[0]} and {capacity[1]}"
         )
     bins = first_fit(sizes, capacity)
     used = visual.slices.max(axis=(1, 2), initial=-1) + 1  # [R], frames that a row's slices use
@@ -178,10 +178,6 @@ def pack(
             grids = visual.grids[row, items[row]]
             pixels.grids[i, item : item + len(grids)] = grids
             pixels.seconds[i, item : item + len(grids)] = visual.seconds[row, items[row]]
-            position, frame, first_slice, item = (
-                to.stop,
-                frame + used[row],
-                first_slice + len(row_slices),
-                item + len(grids),
-            )
+            position, frame = to.stop, frame + used[row]
+            first_slice, item = first_slice + len(row_slices), item + len(grids)
     return packed

@@ -75,10 +75,8 @@ def _by_letter(text: str, choices: Mapping[str, str]) -> str | None:
     others = [
         x for x in re.findall(r"(?<![\w'’])(?:[B-HJ-Z]|[A-Z](?=[).:,]|\s*$))(?![\w'’])", rest) if x.lower() != letter
     ]
-    if re.fullmatch(r"[a-z]", description) or any(
-        not choices or x.lower() in choices for x in others
-    ):  # "A, B": undecided
-        return None
+    if re.fullmatch(r"[a-z]", description) or any(not choices or x.lower() in choices for x in others):
+        return None  # "A, B": undecided
     return letter
 
 

@@ -2,7 +2,7 @@
 
 The memory of a row is that of the layers' inputs, which are kept for the backward pass, and of the arrays of one layer during its
 backward pass; a chunk of logits is added for all rows. Attention counts as linear in the length, because long rows use such an
-implementation (`pixel_jax.models.attention.chosen`).
+implementation (`pixel_jax.models.attention.select_implementation`).
 """
 
 import re

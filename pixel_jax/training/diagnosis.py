@@ -57,7 +57,7 @@ def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[
     reasons = []
     if metrics["finished"] < 1 - MANY:
         reasons.append(
-            f"{1 - metrics['finished']:.0%} of the rows ran out of room before they answered: raise max_new_tokens, "
+            f"{1 - metrics['finished']:.0%} of the rows reached a limit before they answered: raise max_new_tokens, "
             "max_response or max_calls in config.rl.rollout, or tune the model first"
         )
     if metrics.get("unboxed", 0.0) > MANY:

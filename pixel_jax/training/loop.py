@@ -50,14 +50,14 @@ class Observer(Protocol):
 
 
 class Timer:
-    """Times the laps of a step, as the metrics `seconds_NAME` for each lap and `seconds` for all."""
+    """Measures the seconds of a step: the metrics `seconds_NAME` for each of its sections, and `seconds` for all."""
 
     def __init__(self):
         self.began = self.last = time.monotonic()
         self.metrics: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """Ends a lap, and adds the time since the lap before to that of `name`."""
+        """Ends a section, and adds the time since the section before it to that of `name`."""
         now = time.monotonic()
         key = f"seconds_{name}"
         self.metrics[key] = self.metrics.get(key, 0.0) + now - self.last

@@ -45,9 +45,7 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         return after
 
     def ramp(step: Any) -> Any:
-        return (
-            config.learning_rate * (step + 1) / (warmup + 1)
-        )  # not zero at step 0, so that the first step has an effect
+        return config.learning_rate * (step + 1) / (warmup + 1)  # not zero at step 0: the first step has an effect
 
     return optax.join_schedules([ramp, after], [warmup])
 

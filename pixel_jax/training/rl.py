@@ -50,9 +50,8 @@ class RLConfig:
     loss: PolicyLossConfig = PolicyLossConfig()
     # The ratio's denominator: recomputed by the trainer before the updates, or the sampler's, which saves a forward pass.
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
-    trainable: str = (
-        ".*"  # regular expression of the paths of trained weights; by default all, the vision tower included
-    )
+    # Regular expression of the paths of trained weights; by default all, the vision tower included.
+    trainable: str = ".*"
     optimizer: OptimizerConfig = OptimizerConfig()
     packing: PackingConfig | None = None  # of an update's rows; None: rows are not packed, and have the greatest length
     forward: ForwardConfig = ForwardConfig()

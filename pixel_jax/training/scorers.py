@@ -82,10 +82,8 @@ class ScorerConfig:
 
 
 LONGEST_JUDGED = 1000  # characters of an answer; longer ones might persuade the judge, and count as wrong
-FORMULA_SECONDS, FORMULA_SECONDS_A_ROW = (
-    10.0,
-    0.05,
-)  # for one call, and for each of its responses, which usually take .02
+FORMULA_SECONDS = 10.0  # for one call
+FORMULA_SECONDS_A_ROW = 0.05  # for each of its responses, which usually take .02
 JUDGE_PROMPT = """\
 You grade answers to questions about images. You do not see the image; the reference answers are right.
 

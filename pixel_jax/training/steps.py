@@ -53,9 +53,7 @@ class ForwardConfig:
     remat: Remat = True  # what is recomputed in the backward pass: see `rematerialised`
     implementation: Literal["dense", "chunked", "kernel"] | None = None  # of attention; None: by size and platform
     logit_chunk: int = 256  # positions whose logits exist at once
-    compute_dtype: Literal["float32", "bfloat16"] | None = (
-        None  # weights are cast to it in the step; None: they are not
-    )
+    compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as they are
 
     def __post_init__(self):
         positive(self, "micro_batches", "logit_chunk")

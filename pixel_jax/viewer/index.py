@@ -69,9 +69,8 @@ class Index:
         self.lock = threading.RLock()
         self.version = 0
         self.looked = float("-inf")
-        self.numbers: dict[
-            TraceLocation, int
-        ] = {}  # given once, so that an address keeps its meaning while a run goes on
+        # Given once, so that an address keeps its meaning while a run goes on.
+        self.numbers: dict[TraceLocation, int] = {}
         self.locations: list[TraceLocation] = []
         self.traces: list[ListedTrace] = []
 

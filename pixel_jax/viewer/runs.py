@@ -172,9 +172,8 @@ class AnswerRecords:
     def __init__(self, name: str, directory: pathlib.Path):
         self.name, self.directory = name, directory
         self.tails: dict[pathlib.Path, Tail] = {}
-        self.locations: dict[
-            int, tuple[Tail, int]
-        ] = {}  # of each question's record: its file, and the index of its line
+        # The location of each question's record: its file, and the index of its line.
+        self.locations: dict[int, tuple[Tail, int]] = {}
         self.entries: dict[tuple, TraceEntry] = {}
         self.taken: dict[pathlib.Path, int] = {}  # lines
         self.generation = 0  # of all files together
@@ -390,10 +389,8 @@ class Evaluation:
             try:
                 if now is not None:
                     value = read_json(path)
-                    self.rows, self.settings = (
-                        summary.table_rows(value["benchmarks"]),
-                        {"model": str(value.get("model"))[:MOST_TEXT]},
-                    )
+                    self.rows = summary.table_rows(value["benchmarks"])
+                    self.settings = {"model": str(value.get("model"))[:MOST_TEXT]}
             except (LookupError, TypeError, ValueError, AttributeError) as error:  # it holds something else
                 self.wrong = [f"{path} cannot be read: {str(error)[:300]}"]
             changed.append(True)

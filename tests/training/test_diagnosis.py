@@ -44,7 +44,7 @@ def test_what_is_said_of_an_iteration():
             HARD | {"finished": 0.25, "unboxed": 0.75},
             8,
             1.0,
-            ["75% of the rows ran out of room", "75% of the rows give no answer"],
+            ["75% of the rows reached a limit", "75% of the rows give no answer"],
         ),
         (HARD, 2, 0.2, ["too hard", "2 rows a group", "temperature 0.2"]),
         (GOOD | {"nonzero_variance": 0.0, "all_right": 0.0}, 8, 1.0, ["rewards of a group are all equal"]),

@@ -119,5 +119,5 @@ def test_every_item_lies_in_one_bin_that_has_room(sizes):
 def test_what_cannot_be_packed_is_named(batch, traces):
     with pytest.raises(ValueError, match="rows of weight 0.5"):
         pack(batch._replace(weight=np.full(len(batch.weight), 0.5, np.float32)))
-    with pytest.raises(ValueError, match=r"row \d has \d+ tokens and \d slices, room is 10 and"):
+    with pytest.raises(ValueError, match=r"row \d has \d+ tokens and \d slices, the capacity is 10 and"):
         pack(traces, length=10)

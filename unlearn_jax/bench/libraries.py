@@ -102,9 +102,8 @@ def _linear(weight: np.ndarray) -> nn.Linear:
     return layer.to(layer.weight.dtype)
 
 
-DATTRI_STEPS = (
-    30  # of dattri's conjugate gradients, which have no tolerance: after the solution they divide zero by zero
-)
+# Of dattri's conjugate gradients, which have no tolerance: after the solution they divide zero by zero.
+DATTRI_STEPS = 30
 
 
 class Torch:

@@ -273,10 +273,8 @@ class RunTask:
             if weight and not same_item(item, first[name]):
                 now[number], masked[number] = self._example(name, item), item.masked
         without = {self.numbers[name] for name, weight in zip(items, weights, strict=True) if not weight}
-        config, section = (
-            self.trained,
-            dataclasses.replace(self.trained.tuning, steps=len(self.record.order), epochs=None),
-        )
+        config = self.trained
+        section = dataclasses.replace(config.tuning, steps=len(self.record.order), epochs=None)
         packing = Packing(
             now,
             self.vocabulary,
@@ -294,11 +292,8 @@ class RunTask:
         order = [row for rows in self.record.order for row in rows]
         before, anew = self.record.first_step(edited), ""
         if not all(self._fits(packing, row) for row in order if not edited.isdisjoint(row.traces)):
-            order, before, anew = (
-                [packing.order[i] for i in range(len(order))],
-                0,
-                ", in other rows: a new form is too long",
-            )
+            order = [packing.order[i] for i in range(len(order))]
+            before, anew = 0, ", in other rows: a new form is too long"
         model, _, mesh = read_model(config)
         shard = process_shard(mesh)
         reading = {"threads": config.read_threads, "ahead": config.read_ahead}
@@ -313,10 +308,8 @@ class RunTask:
         return Retrained(on_devices, float(spent), f"{since}{anew}")
 
     def _fits(self, packing: Packing, row: PackedRow) -> bool:
-        shapes, capacity = (
-            np.array([packing.rows[i].shape for i in row.traces]),
-            np.array(self.record.shapes[row.bucket]),
-        )
+        shapes = np.array([packing.rows[i].shape for i in row.traces])
+        capacity = np.array(self.record.shapes[row.bucket])
         together = shapes[:, :PACKED].sum(axis=0) <= capacity[:PACKED]
         return bool(together.all() and (shapes <= capacity).all())
 

@@ -66,7 +66,7 @@ class Recommender:
         if type(decoder) is not Decoder:
             raise UserError(f"a model of the family {model.config.model_type!r} has no stack of equal layers to cut")
         if not 1 <= layers <= count:
-            raise UserError(f"config.lora.layers is {layers}; the model has {count}")
+            raise UserError(f"config.adapter.layers is {layers}; the model has {count}")
         upper = add_lora(_cut(model, count - layers, count), key, rank=rank, alpha=alpha, targets=targets)
         adapter, rest = split(upper, LoRAWeight)
         return cls(tokenizer, _cut(model, 0, count - layers), rest, adapter)

@@ -189,19 +189,18 @@ class RecommendationStudy(Study[RecommendationConfig]):
 
     def scores(self, stacked: Params) -> dict[str, float]:
         """Scores the mean of the probabilities of adapters [adapters, ...] on the test rows."""
-        return self.form.score(TestSpeaker(self, stacked), self.tested, self.ratings.titles)
+        return self.form.score(StudySpeaker(self, stacked), self.tested, self.ratings.titles)
 
     def _size(self, text: str) -> int:
         return len(self.recommender.ids(text))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TestSpeaker:
+class StudySpeaker:
     """A `Speaker` that has read the test questions."""
 
     study: RecommendationStudy
-    stacked: Params
-    __test__ = False  # for pytest
+    stacked: Params  # adapters [adapters, ...]
 
     def token(self, text: str) -> int:
         """See `Speaker.token`."""

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 from pixel_jax.files import FileError, parse_json, read_bytes, read_lines
 
 Kind = Literal["remove", "question", "answer", "image", "mask", "part", "trace"]
+# For each kind, the fields with the new content.
 VALUES: Mapping[str, tuple[str, ...]] = {
     "remove": (),
     "question": ("text",),
@@ -32,7 +33,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "mask": ("mask",),
     "part": ("part", "becomes"),
     "trace": ("turns",),
-}  # for each kind, the fields with the new content
+}
 COMMON = ("id", "kind", "reason", "who", "when")
 MAX_LINE = 2**20  # bytes
 MAX_IMAGE = 2**26  # bytes

@@ -24,10 +24,8 @@ from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
 from unlearn_jax.studies.config import StudyConfig
 
 Arrays = dict[str, Any]  # fields [n, ...], or mappings of such
-REMOVE, RESPONSE = (
-    "remove",
-    "response",
-)  # edits that remove rows, and that correct answers; all others correct questions
+REMOVE = "remove"  # the edit that removes rows
+RESPONSE = "response"  # the edit that corrects answers; all others correct questions
 C = TypeVar("C", bound=StudyConfig)
 
 
