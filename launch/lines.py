@@ -1,6 +1,7 @@
-"""Counts the Python files and lines of each subpackage: python launch/lines.py [COMMIT], by default the last one.
+"""Counts the Python files and lines of each subpackage: python launch/lines.py [COMMIT ...], by default the last one.
 
-A line of code is one that holds neither a docstring nor a comment alone; blank lines are none.
+Columns are files, lines, lines of code (neither blank, nor only a docstring or a comment), and the numbers of short and of long
+files, of less than 70 and of more than 500 lines. With two commits the first columns are before and the others after.
 """
 
 import ast
@@ -12,6 +13,8 @@ import sys
 import tarfile
 import tokenize
 
+SHORT, LONG = "<70", ">500"  # lines of a file
+COLUMNS = ("files", "lines", "code", SHORT, LONG)
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
 
 
@@ -34,8 +37,8 @@ def code_lines(source: bytes) -> int:
     return len(lines - docstrings - {source.count(b"\n") + 1})
 
 
-def main(commit: str) -> None:
-    """Prints a row for each subpackage: files, lines, lines of code."""
+def count(commit: str) -> collections.Counter[tuple[str, str]]:
+    """The numbers of a commit by (subpackage, column)."""
     command = ["git", "archive", commit, "pixel_jax", "unlearn_jax"]
     archive = subprocess.run(command, capture_output=True, check=True, cwd=pathlib.Path(__file__).parents[1]).stdout
     found: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -43,14 +46,24 @@ def main(commit: str) -> None:
         for member in files:
             if member.name.endswith(".py"):
                 source = files.extractfile(member).read()
-                folder = "/".join(member.name.split("/")[:-1][:2])
-                for part in (folder, "total"):
-                    found.update(
-                        {(part, "files"): 1, (part, "lines"): source.count(b"\n"), (part, "code"): code_lines(source)}
-                    )
-    for part in sorted({part for part, _ in found}, key=lambda part: (part == "total", part)):
-        print(f"{part:24} {found[part, 'files']:5} {found[part, 'lines']:7} {found[part, 'code']:7}")
+                lines = source.count(b"\n")
+                numbers = {"files": 1, "lines": lines, "code": code_lines(source)}
+                numbers |= {SHORT: lines < 70, LONG: lines > 500}
+                for part in ("/".join(member.name.split("/")[:-1][:2]), "total"):
+                    found.update({(part, column): int(number) for column, number in numbers.items()})
+    return found
+
+
+def main(commits: list[str]) -> None:
+    """Prints a row for each subpackage, with the columns of each commit."""
+    counts = {commit: count(commit) for commit in commits}
+    print(" " * 28 + "".join(f"  {commit[:30]:<33}" for commit in commits))
+    print(" " * 28 + "".join(f"{column:>7}" for column in COLUMNS) * len(commits))
+    for part in sorted(
+        {part for found in counts.values() for part, _ in found}, key=lambda part: (part == "total", part)
+    ):
+        print(f"{part:28}" + "".join(f"{found[part, column]:7}" for found in counts.values() for column in COLUMNS))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "HEAD")
+    main(sys.argv[1:] or ["HEAD"])

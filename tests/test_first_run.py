@@ -11,8 +11,8 @@ from pixel_jax.evaluation import transcript as traces
 from pixel_jax.identity import read_history
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
-from pixel_jax.state_files import read_note
-from pixel_jax.training.watch import numbered, read_looks
+from pixel_jax.state_files import read_json_lines, read_note
+from pixel_jax.training.watch import LOOKS, numbered
 from pixel_jax.training.writers import read_metrics
 from tests.evaluation.test_report import Reader
 from tests.rollouts import scripted_model
@@ -73,7 +73,7 @@ def test_from_questions_to_a_reward_curve_in_three_commands(tmp_path):
     lines = read_metrics(rl / "metrics.jsonl")
     rewards = [x["reward"] for x in lines if "reward" in x]
     assert len(rewards) == 6 and all(np.isfinite(rewards))
-    looks = read_looks(rl)
+    looks = read_json_lines(rl / LOOKS, done=int)
     assert [x["done"] for x in looks] == [0, 2, 4, 6] and all(x["eval_questions"] == 4 for x in looks)
     for name, count in {"held_out": 4, "rollouts": 6}.items():
         files = numbered(rl / "traces" / name)

@@ -41,7 +41,6 @@ class Place(enum.Enum):
 
 Piece = str | Special | Media  # of a rendered dialog; a str is text and never contains special tokens
 Marks = tuple[str | Special, ...]  # pieces that the template writes itself
-IM_END = Special("im_end")
 VISUAL = {"image_pad": "image", "video_pad": "video"}
 
 # Made-up words, which no template contains, for the texts of a system message, questions and an answer.

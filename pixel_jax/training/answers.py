@@ -183,12 +183,6 @@ def by_rule(response: str, references: Sequence[str]) -> float | None:
     return float(any(equal(answer, reference) for reference in references))
 
 
-def correctness(response: str, answer: str | Sequence[str], *, unparsable: float = 0.0) -> float:
-    """The score of `by_rule`, or `unparsable` if there is no answer: 0 by default, -1 in the released code."""
-    score = by_rule(response, references_of(answer))
-    return float(unparsable) if score is None else score
-
-
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"

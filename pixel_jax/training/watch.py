@@ -20,7 +20,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
-from pixel_jax.state_files import LineLog, filter_json_lines, read_json_lines, read_note, write_json
+from pixel_jax.state_files import LineLog, filter_json_lines, read_note, write_json
 from pixel_jax.training.looks import draw_rollouts
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.stages import Scored, Weighed, advantages
@@ -210,8 +210,3 @@ def thin(folder: pathlib.Path, most: int) -> None:
     for path in files:
         if path not in remaining:
             path.unlink()
-
-
-def read_looks(directory: pathlib.Path) -> list[dict[str, Any]]:
-    """The looks of a phase, in order."""
-    return read_json_lines(directory / LOOKS, done=int)

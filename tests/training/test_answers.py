@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import pixel_jax
 from pixel_jax.training import algebra
-from pixel_jax.training.answers import correctness, equal, given_answer, last_boxed, references_of
+from pixel_jax.training.answers import by_rule, equal, given_answer, last_boxed, references_of
 from pixel_jax.training.scorers import RULES, Reference, Scorer, ScorerConfig
 
 
@@ -121,13 +121,12 @@ from pixel_jax.training.scorers import RULES, Reference, Scorer, ScorerConfig
     ],
 )
 def test_observed_behaviours(response, answer, expected):
-    assert correctness(response, answer) == expected
+    assert (by_rule(response, references_of(answer)) or 0) == expected
 
 
-def test_a_response_without_an_answer_is_zero_and_minus_one_by_switch():
-    assert correctness("The answer is A", "A") == 0
-    assert correctness("The answer is A", "A", unparsable=-1) == -1
-    assert correctness(r"The answer is \boxed{B}", "A", unparsable=-1) == 0
+def test_a_response_without_an_answer_has_no_score():
+    assert by_rule("The answer is A", ["A"]) is None
+    assert by_rule(r"The answer is \boxed{B}", ["A"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -305,10 +304,10 @@ def test_the_public_function():
 
 
 def test_hostile_responses_are_scored():
-    assert correctness(r"\boxed{" * 20_000 + "1", "1") == 1  # no box is complete: the last number counts
-    assert correctness(r"\boxed{" + "1+" * 100_000 + "1}", "1") == 0
-    assert correctness(r"\boxed{" * 20_000 + "1" + "}" * 20_000, "1") == 1
-    assert correctness("<answer>" * 50_000 + "1", "1") == 0
-    assert correctness("<think>" * 50_000 + "1", "1") == 0
-    assert correctness(r"\boxed{" + "*\"'" * 5_000 + "1" + "}", "1") == 0
-    assert correctness(r"\boxed{" + r"\text{" * 5_000 + "1" + "}" * 5_001, "1") == 0
+    assert by_rule(r"\boxed{" * 20_000 + "1", ["1"]) == 1  # no box is complete: the last number counts
+    assert not by_rule(r"\boxed{" + "1+" * 100_000 + "1}", ["1"])
+    assert by_rule(r"\boxed{" * 20_000 + "1" + "}" * 20_000, ["1"]) == 1
+    assert not by_rule("<answer>" * 50_000 + "1", ["1"])
+    assert not by_rule("<think>" * 50_000 + "1", ["1"])
+    assert not by_rule(r"\boxed{" + "*\"'" * 5_000 + "1" + "}", ["1"])
+    assert not by_rule(r"\boxed{" + r"\text{" * 5_000 + "1" + "}" * 5_001, ["1"])

@@ -8,11 +8,11 @@ import pytest
 
 from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
-from pixel_jax.state_files import read_note
+from pixel_jax.state_files import read_json_lines, read_note
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.steps import ForwardConfig
-from pixel_jax.training.watch import BEST, Watch, WatchConfig, numbered, read_looks, thin
+from pixel_jax.training.watch import BEST, LOOKS, Watch, WatchConfig, numbered, thin
 from pixel_jax.training.writers import read_metrics
 from tests.training.test_course import Fragile, Lost
 from tests.training.tiny_model import make_batch, make_model
@@ -92,7 +92,7 @@ def test_training_is_the_same_with_looks_and_without(alone, watched):
 
 def test_what_a_look_leaves(watched):
     _, directory, saved = watched
-    looks = read_looks(directory / "sft")
+    looks = read_json_lines(directory / "sft" / LOOKS, done=int)
     assert [x["done"] for x in looks] == [0, 2, 4, 6]
     assert len({x["eval_loss"] for x in looks}) == 4  # the weights moved
     lines = read_metrics(directory / "sft/metrics.jsonl")
@@ -121,7 +121,10 @@ def test_a_run_that_is_lost_looks_again_at_what_it_repeats(watched, end, tmp_pat
     assert bits(tune(tmp_path, watching(tmp_path, look, best="accuracy"))) == watched[0]
     assert look.calls == (2 if end == 3 else 1)
     strip = lambda lines: [{k: v for k, v in x.items() if "second" not in k} for x in lines]
-    for read in (lambda x: read_looks(x / "sft"), lambda x: read_metrics(x / "sft/metrics.jsonl")):
+    for read in (
+        lambda x: read_json_lines(x / "sft" / LOOKS, done=int),
+        lambda x: read_metrics(x / "sft/metrics.jsonl"),
+    ):
         assert strip(read(tmp_path)) == strip(read(watched[1]))
     assert [path.name for path in numbered(tmp_path / "sft/traces/held_out")] == [
         path.name for path in numbered(watched[1] / "sft/traces/held_out")

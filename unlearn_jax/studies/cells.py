@@ -1,9 +1,8 @@
 """The cells of a study: lists them, reads the finished ones, and computes the others."""
 
-import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from pixel_jax.config import ConfigError
@@ -140,9 +139,3 @@ def best_rate(config: StudyConfig, edit: str, method: str) -> float:
     if not tried:
         raise ConfigError(f"{method} diverges with all of config.learning_rates {config.learning_rates}")
     return min(tried, key=lambda rate: tried[rate])
-
-
-def all_cells(directory: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The finished cells in a directory."""
-    for path in sorted(directory.glob("*.json")):
-        yield json.loads(path.read_text())
