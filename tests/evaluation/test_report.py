@@ -1,6 +1,7 @@
 """Traces and pages: what is drawn is what happened, and nothing from outside becomes markup."""
 
 import base64
+import contextlib
 import dataclasses
 import http.server
 import io
@@ -230,10 +231,9 @@ def test_a_damaged_file_of_traces_is_named(tmp_path_factory, noise, place, over)
         assert "fuzzed.json" in str(error)
 
 
-@pytest.mark.slow
-@pytest.mark.chromium
-def test_a_browser_stays_on_the_page(tmp_path):
-    """Headless Chromium asks for nothing; without the escaping it would (which shows that the test can fail)."""
+@contextlib.contextmanager
+def listening():
+    """A server that should never be asked: its address, and the paths that it was asked for."""
     asked = []
 
     class Listener(http.server.BaseHTTPRequestHandler):
@@ -245,7 +245,18 @@ def test_a_browser_stays_on_the_page(tmp_path):
         do_POST = do_GET  # noqa: N815
         log_message = lambda *arguments: None
 
-    def look(page):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/x", asked
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.chromium
+def test_a_browser_stays_on_the_page(tmp_path):
+    """Headless Chromium asks for nothing; without the escaping it would (which shows that the test can fail)."""
+
+    def look(page, asked):
         asked.clear()
         (tmp_path / "page.html").write_text(page)
         line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
@@ -253,14 +264,12 @@ def test_a_browser_stays_on_the_page(tmp_path):
         seen = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
         return seen.stdout
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        leave = LEAVE.format(f"http://127.0.0.1:{server.server_port}/x")
-        assert "turn tool failed" in look(hostile_page(leave))
+    with listening() as (address, asked):
+        leave = LEAVE.format(address)
+        assert "turn tool failed" in look(hostile_page(leave), asked)
         assert asked == []
-        look(hostile_page("plain").replace("turn tool failed", f"turn {leave}"))  # a role as it is
+        look(hostile_page("plain").replace("turn tool failed", f"turn {leave}"), asked)  # a role as it is
         assert "/x" in asked
-        server.shutdown()
 
 
 def test_a_page_is_written_whole(tmp_path):

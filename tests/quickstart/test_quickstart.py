@@ -41,26 +41,18 @@ from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.steps import ForwardConfig
 from tests.evaluation.test_report import HOSTILE, Reader
+from tests.quickstart import small_limits
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
-BUDGET = {"min_pixels": 2 * 784 + 1, "max_pixels": 5 * 784 - 1}  # four visual tokens of a square image
-LIMITS = RolloutConfig(
+LIMITS = dataclasses.replace(
+    small_limits.LIMITS,
     group_size=2,
     top_p=1.0,
     top_k=0,
     max_new_tokens=2,
     max_calls=3,
-    max_images=8,
-    max_tokens=160,
     max_response=112,
-    **BUDGET,
-    **{f"crop_{name}": value for name, value in BUDGET.items()},
-    **{f"select_{name}": value for name, value in BUDGET.items()},
-    video_min_pixels=784,
-    video_max_pixels=2 * 784 - 1,
-    max_side=112,
-    pad=0.0,
     observe_chunk=4,
 )
 

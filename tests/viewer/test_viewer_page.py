@@ -1,13 +1,11 @@
 """The page of the viewer in headless Chromium: what it shows, its keys, and that hostile traces stay text."""
 
 import contextlib
-import http.server
-import threading
 import urllib.parse
 
 import pytest
 
-from tests.evaluation.test_report import HOSTILE, LEAVE
+from tests.evaluation.test_report import HOSTILE, LEAVE, listening
 from tests.viewer import made_runs
 from tests.viewer.browser import Browser
 from tests.viewer.serving import index_of, serving
@@ -18,21 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.chromium]
 @pytest.fixture(scope="module")
 def elsewhere():
     """A server that should never be asked: its address, and what it was asked."""
-    asked = []
-
-    class Listener(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802 (the library's name)
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-
-        do_POST = do_GET  # noqa: N815
-        log_message = lambda *arguments: None
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/x", asked
-        server.shutdown()
+    with listening() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A run of `pixel-jax sft` with adapters at the smallest size there is: six traces about four pictures."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -12,8 +13,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.phases import train
-from pixel_jax.quickstart.network import NetworkConfig, model_config, new_model
-from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.quickstart.network import model_config, new_model
 from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.tools import RELEASED
 from pixel_jax.train_config import LoRAConfig, TrainConfig
@@ -21,24 +21,10 @@ from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.steps import ForwardConfig
 from pixel_jax.training.watch import WatchConfig
+from tests.quickstart import small_limits
 from tests.rollouts import scripted_model
 
-BUDGET = {"min_pixels": 2 * 784 + 1, "max_pixels": 5 * 784 - 1}  # four visual tokens of a square image
-LIMITS = RolloutConfig(
-    max_calls=2,
-    max_images=8,
-    max_tokens=256,
-    **BUDGET,
-    **{f"crop_{name}": value for name, value in BUDGET.items()},
-    **{f"select_{name}": value for name, value in BUDGET.items()},
-    video_min_pixels=784,
-    video_max_pixels=2 * 784 - 1,
-    max_side=112,
-    pad=0.0,
-)
-NETWORK = NetworkConfig(
-    width=32, layers=1, mlp=32, vision_width=32, vision_layers=1, vision_mlp=32, heads=2, kv_heads=2, vision_heads=2
-)
+LIMITS = dataclasses.replace(small_limits.LIMITS, max_tokens=256)
 QUESTION = "Which digit is on the tag?"
 BOX = (0.1, 0.2, 0.6, 0.7)
 WRITTEN = "0.10, 0.20, 0.60, 0.70"
@@ -52,8 +38,8 @@ def vocabulary() -> Vocabulary:
 
 def save_model(directory: pathlib.Path) -> pathlib.Path:
     words = vocabulary()
-    model = new_model(model_config(NETWORK, words), jax.random.key(0))
-    save_pretrained(model, Processor(words.tokenizer, **BUDGET), directory)
+    model = new_model(model_config(small_limits.NETWORK, words), jax.random.key(0))
+    save_pretrained(model, Processor(words.tokenizer, **small_limits.BUDGET), directory)
     write_limits(directory, LIMITS)
     return directory
 
