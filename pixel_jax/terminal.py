@@ -116,7 +116,7 @@ def progress(text: Any, stream: TextIO | None = None) -> None:
         say(text, stream or sys.stderr)
 
 
-class WaitingLine:
+class Waiting:
     """Says what the program is doing, with the seconds, as long as it does it and if that takes a while.
 
     On a terminal it is one line that goes when the work has ended; elsewhere it is a line when it is first said.
@@ -164,7 +164,7 @@ class WaitingLine:
         if self.thread is not None:
             self.thread.join()
 
-    def __enter__(self) -> "WaitingLine":
+    def __enter__(self) -> "Waiting":
         return self
 
     def __exit__(self, *error) -> None:

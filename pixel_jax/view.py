@@ -71,13 +71,13 @@ def show(paths: Sequence[pathlib.Path], source: "RunOpener") -> None:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]', or give --out=FILE") from None
     from pixel_jax.serving.http import listen
     from pixel_jax.signals import SIGNALS
-    from pixel_jax.terminal import WaitingLine, say
+    from pixel_jax.terminal import Waiting, say
     from pixel_jax.viewer.index import Index
 
     runs = [source.open(path) for path in paths]
     listener = listen(HOST, FLAGS.port)
     index = Index(runs, names_of(paths))
-    with WaitingLine("reading the runs"):
+    with Waiting("reading the runs"):
         index.refresh()
     SIGNALS.save_first("")  # there is nothing to save: it ends at once
     say(f"{len(index.traces)} traces at http://{HOST}:{listener.getsockname()[1]}/, until Ctrl-C")

@@ -173,17 +173,17 @@ def test_a_passing_line_goes_whoever_writes_next(monkeypatch):
 )
 def test_waiting_is_one_line_that_goes(about, expected):
     stream = Terminal()
-    waiting = terminal.WaitingLine("compiling it", about=about, after=0.0, stream=stream)
+    waiting = terminal.Waiting("compiling it", about=about, after=0.0, stream=stream)
     while not stream.getvalue():
         pass
     assert stream.lines == [expected]
     waiting.end()
     assert stream.lines == [""]
-    with terminal.WaitingLine("soon done", stream=stream):
+    with terminal.Waiting("soon done", stream=stream):
         pass
     assert stream.lines == [""]
     log = io.StringIO()
-    with terminal.WaitingLine("reading\x1b the data", after=0.0, stream=log):
+    with terminal.Waiting("reading\x1b the data", after=0.0, stream=log):
         assert log.getvalue() == "reading\\x1b the data ...\n"
     assert log.getvalue().count("\n") == 1
 
@@ -193,7 +193,7 @@ def test_quiet_shows_results_and_warnings_only(monkeypatch, capsys):
     terminal.be_quiet()
     terminal.progress("compiled it")
     ProgressLine("rl", 1).update(1, {})
-    with terminal.WaitingLine("compiling it", after=0.0):
+    with terminal.Waiting("compiling it", after=0.0):
         terminal.say("a result")
         terminal.warn("a warning")
     assert capsys.readouterr() == ("a result\n", "a warning\n")

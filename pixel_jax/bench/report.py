@@ -67,7 +67,7 @@ class Seldom:
         self.last = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        """Says the line, if it is time."""
+        """Says it."""
         if time.monotonic() - self.last >= SILENCE:
             say(f"  {line}")
             self.last = time.monotonic()

@@ -71,8 +71,8 @@ def say(text: str) -> None:
 
 
 def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
-    """Says what the program does during the block if that takes a while (`terminal.WaitingLine`); only in the main process."""
-    return terminal.WaitingLine(what) if is_main_process() else contextlib.nullcontext()
+    """Says what the program is doing during the block if that takes a while (`terminal.Waiting`), in the main process only."""
+    return terminal.Waiting(what) if is_main_process() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from pixel_jax.state_files import read_note, write_json
-from pixel_jax.terminal import WaitingLine, is_live, is_quiet, leave_line, printable, progress, put
+from pixel_jax.terminal import Waiting, is_live, is_quiet, leave_line, printable, progress, put
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -41,13 +41,13 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
     Returns:
         A function that ends the announcements.
     """
-    waiting: dict[str, WaitingLine] = {}
+    waiting: dict[str, Waiting] = {}
 
     def listen(event: str, duration_secs: float, **details: str | int) -> None:
         name = str(details.get("fun_name", "a program"))
         if event == LOWERED and duration_secs >= minimum and name not in waiting:
             called = f"compiling {PROGRAMS.get(name, name)}"
-            waiting[name] = WaitingLine(called, about=_seconds.get(name), after=0.0, stream=stream)
+            waiting[name] = Waiting(called, about=_seconds.get(name), after=0.0, stream=stream)
         elif event == COMPILED and name in waiting:
             waiting.pop(name).end()
             progress(f"compiled {PROGRAMS.get(name, name)} in {duration_secs:.1f} s", stream)
