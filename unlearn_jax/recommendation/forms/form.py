@@ -1,4 +1,4 @@
-"""The protocol of a prompt form."""
+"""The protocol of a prompt form, and the one by which a form asks a model about test rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -6,9 +6,24 @@ from typing import Protocol
 import numpy as np
 
 from unlearn_jax.recommendation.ratings import Row
-from unlearn_jax.recommendation.speaker import Speaker
 
 Titles = Mapping[str, str]
+
+
+class Speaker(Protocol):
+    """A model that has read the questions of n test rows."""
+
+    def token(self, text: str) -> int:
+        """The first token id of an answer `text`."""
+        ...
+
+    def first_logits(self) -> np.ndarray:
+        """Logits of the first token of each answer, [n, vocabulary]."""
+        ...
+
+    def answers(self) -> list[str]:
+        """The greedy answer to each question: its first line, at most `config.data.answer` tokens."""
+        ...
 
 
 class PromptForm(Protocol):

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from unlearn_jax.metrics.recommendation import hit_ratio
-from unlearn_jax.recommendation.forms.form import Titles
+from unlearn_jax.recommendation.forms.form import Speaker, Titles
 from unlearn_jax.recommendation.ratings import Rated, Row
-from unlearn_jax.recommendation.speaker import Speaker
 
 PROMPT = (
     "This user has watched {history} in the previous. Please predict the next movie this user will watch. "

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from unlearn_jax.metrics.recommendation import like_auc, tallrec_auc
-from unlearn_jax.recommendation.forms.form import Titles
+from unlearn_jax.recommendation.forms.form import Speaker, Titles
 from unlearn_jax.recommendation.ratings import Rated, Row
-from unlearn_jax.recommendation.speaker import Speaker
 
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
