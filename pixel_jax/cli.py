@@ -22,21 +22,21 @@ COMMANDS: Commands = {
     ),
     "check": (
         "pixel_jax.bench.check",
-        "whether a model, the data and this machine go together; without a model, whether the accelerator is right",
+        "check that a model, the data and this machine go together; without a model, that the accelerator is right",
     ),
     "chat": ("pixel_jax.chat", "ask a trained model about an image and see how it looks at it"),
     "serve": (
         "pixel_jax.serving.main",
         "answer OpenAI's chat completions with trained models, tools and pictures included",
     ),
-    "sft": ("pixel_jax.train", "instruction tuning on traces, from a config file"),
-    "rl": ("pixel_jax.train", "reinforcement learning with the curiosity reward, from a config file"),
-    "export": ("pixel_jax.export", "a checkpoint of a run as a model directory, to be evaluated or gone on from"),
-    "bench": ("pixel_jax.bench.main", "measure speed and memory beside what people use today and the machine"),
-    "eval": ("pixel_jax.evaluation.main", "a model on benchmarks; runs compared; a checkpoint chosen"),
-    "synth": ("pixel_jax.synthesis.main", "make traces for tuning from questions with a known place of the answer"),
-    "plan": ("pixel_jax.planning.main", "predict memory and time of a recipe on TPUs that need not be there"),
-    "view": ("pixel_jax.view", "look at runs in the browser: curves, traces, comparisons"),
+    "sft": ("pixel_jax.train", "tune a model on traces, from a config file"),
+    "rl": ("pixel_jax.train", "train a model by reinforcement learning with the curiosity reward"),
+    "export": ("pixel_jax.export", "write a checkpoint of a run as a model directory"),
+    "bench": ("pixel_jax.bench.main", "measure speed and memory, compared with other libraries"),
+    "eval": ("pixel_jax.evaluation.main", "evaluate a model on benchmarks, compare runs, choose a checkpoint"),
+    "synth": ("pixel_jax.synthesis.main", "make traces for tuning from questions whose evidence is known"),
+    "plan": ("pixel_jax.planning.main", "predict memory and time of a recipe on TPUs and GPUs that are not present"),
+    "view": ("pixel_jax.view", "show runs in the browser: curves, traces, comparisons"),
 }
 
 

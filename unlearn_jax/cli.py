@@ -3,12 +3,12 @@
 from pixel_jax.cli import Commands, run_program
 
 COMMANDS: Commands = {
-    "train": ("unlearn_jax.commands", "teach an adapter a fixed set of examples"),
+    "train": ("unlearn_jax.commands", "train an adapter on a fixed set of examples"),
     "erase": ("unlearn_jax.commands", "carry out requests: examples removed, answers and questions changed"),
-    "eval": ("unlearn_jax.commands", "hold the edits against retraining, and against first-order baselines"),
+    "eval": ("unlearn_jax.commands", "compare the edits with retraining and with first-order baselines"),
     "verify": ("unlearn_jax.requests.main", "check the log of requests and the files that it names"),
-    "plan": ("unlearn_jax.planning.main", "predict memory and time of an edit on TPUs that need not be there"),
-    "bench": ("unlearn_jax.bench.main", "products and solves beside other libraries; what an edit costs"),
+    "plan": ("unlearn_jax.planning.main", "predict memory and time of an edit on TPUs that are not present"),
+    "bench": ("unlearn_jax.bench.main", "measure products and solves, compared with other libraries, and the cost of an edit"),
 }
 
 

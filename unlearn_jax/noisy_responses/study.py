@@ -121,10 +121,10 @@ class NoisyResponsesStudy(Study[NoisyResponsesConfig]):
         rows = draw(self.learned, self.config.data.examples, seed, "config.data.examples")
         random = np.random.default_rng((seed, 2))
         touched = np.sort(random.permutation(len(rows))[: max(1, round(share * len(rows)))])
-        spoilt = list(rows)
+        corrupted = list(rows)
         for i in touched:
-            spoilt[i] = rows[i].wrong(random)
-        return Case(self, edit, share, seed, [row.name for row in rows], rows, spoilt, touched)
+            corrupted[i] = rows[i].wrong(random)
+        return Case(self, edit, share, seed, [row.name for row in rows], rows, corrupted, touched)
 
     @functools.cached_property
     def _choices(self) -> jnp.ndarray:

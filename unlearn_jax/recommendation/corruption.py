@@ -60,12 +60,12 @@ def corrupt(
         ConfigError: too few rows can be corrupted in this way.
     """
     random = np.random.default_rng((seed, 2))
-    corruption, spoilt = Corruption(ratings, form, history, random), list(rows)
-    chosen, count = [], max(1, round(share * len(rows)))
+    corruption, corrupted = Corruption(ratings, form, history, random), list(rows)
+    touched, count = [], max(1, round(share * len(rows)))
     for i in random.permutation(len(rows)):
-        if len(chosen) < count and (corrupted := EDITS[edit](corruption, rows[i])) is not None:
-            spoilt[i] = corrupted
-            chosen.append(int(i))
-    if len(chosen) < count:
-        raise ConfigError(f"{edit}: only {len(chosen)} of {len(rows)} rows can be spoilt, {count} were asked for")
-    return spoilt, np.array(sorted(chosen))
+        if len(touched) < count and (row := EDITS[edit](corruption, rows[i])) is not None:
+            corrupted[i] = row
+            touched.append(int(i))
+    if len(touched) < count:
+        raise ConfigError(f"{edit}: only {len(touched)} of {len(rows)} rows can be corrupted, {count} were asked for")
+    return corrupted, np.array(sorted(touched))

@@ -182,10 +182,10 @@ class RecommendationStudy(Study[RecommendationConfig]):
     def case(self, edit: str, share: float, seed: int) -> Case:
         """Makes the case of an edit of a share of a seed's rows."""
         rows = self.rows(seed)
-        spoilt, touched = corrupt(
+        corrupted, touched = corrupt(
             edit, rows, share, self.ratings, self.form, history=self.config.data.history, seed=seed
         )
-        return Case(self, edit, share, seed, [row.name for row in rows], rows, spoilt, touched)
+        return Case(self, edit, share, seed, [row.name for row in rows], rows, corrupted, touched)
 
     def scores(self, stacked: Params) -> dict[str, float]:
         """Scores the mean of the probabilities of adapters [adapters, ...] on the test rows."""

@@ -120,13 +120,13 @@ class Case:
     seed: int
     names: list[str]  # ids of the rows
     rows: list[Any]  # as they should be
-    spoilt: list[Any]  # as they were trained on
+    corrupted: list[Any]  # as they were trained on
     touched: np.ndarray  # int [k], positions of the rows that the edit is about
 
     @functools.cached_property
     def before(self) -> Arrays:
         """The examples that were trained on."""
-        return self.study.arrays(self.spoilt)
+        return self.study.arrays(self.corrupted)
 
     @functools.cached_property
     def after(self) -> Arrays:

@@ -57,12 +57,12 @@ def moved(study, seed=0):
 def test_two_fifths_of_the_answers_are_wrong_and_pictures_are_held_out(run):
     _, study = run
     case = study.case("response", 0.4, 0)
-    different = [i for i, (a, b) in enumerate(zip(case.rows, case.spoilt, strict=True)) if a.answer != b.answer]
+    different = [i for i, (a, b) in enumerate(zip(case.rows, case.corrupted, strict=True)) if a.answer != b.answer]
     assert different == case.touched.tolist() and len(different) == 8
     assert not {x.picture for x in case.rows} & {x.picture for x in study.tested}
     assert len({x.picture for x in study.tested}) > 1
     for i in different:
-        assert case.spoilt[i].answered(case.rows[i].answer) == case.rows[i]
+        assert case.corrupted[i].answered(case.rows[i].answer) == case.rows[i]
     (correction,) = case.edits
     assert type(correction).__name__ == "CorrectResponse" and correction.ids == [case.names[i] for i in case.touched]
     other = study.case("response", 0.4, 1)

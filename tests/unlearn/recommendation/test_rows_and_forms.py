@@ -1,4 +1,4 @@
-"""Readers, rows, their spoilt forms, and the texts of both forms."""
+"""Readers, rows, their corrupted forms, and the texts of both forms."""
 
 import dataclasses
 
@@ -97,13 +97,13 @@ def test_rows_are_what_users_did(ratings):
         draw_rows(ratings, users, 91, seed=0, **DRAW)
 
 
-def test_rows_are_spoilt_as_their_names_say(ratings):
+def test_rows_are_corrupted_as_their_names_say(ratings):
     users, _ = split_users(ratings, 0.25)
     rows = draw_rows(ratings, users, 30, seed=0, **DRAW)
     for edit in EDITS:
-        spoilt, touched = corrupt(edit, rows, 0.2, ratings, FORMS["llara"], history=4, seed=0)
+        corrupted, touched = corrupt(edit, rows, 0.2, ratings, FORMS["llara"], history=4, seed=0)
         assert len(touched) == 6
-        for i, (new, old) in enumerate(zip(spoilt, rows, strict=True)):
+        for i, (new, old) in enumerate(zip(corrupted, rows, strict=True)):
             if i not in touched or edit == "remove":
                 assert new == old
             elif edit == "query_removal":
@@ -116,10 +116,10 @@ def test_rows_are_spoilt_as_their_names_say(ratings):
             else:
                 assert new.target.item in set(old.candidates) - {old.target.item}
                 assert new._replace(target=old.target) == old
-    spoilt, touched = corrupt("response", rows, 0.2, ratings, FORMS["tallrec"], history=4, seed=0)
-    assert all(spoilt[i].target.liked is not rows[i].target.liked for i in touched)
+    corrupted, touched = corrupt("response", rows, 0.2, ratings, FORMS["tallrec"], history=4, seed=0)
+    assert all(corrupted[i].target.liked is not rows[i].target.liked for i in touched)
     short = [row._replace(history=row.history[:3]) for row in rows]
-    with pytest.raises(ConfigError, match="query_removal: only 0 of 30 rows can be spoilt, 6"):
+    with pytest.raises(ConfigError, match="query_removal: only 0 of 30 rows can be corrupted, 6"):
         corrupt("query_removal", short, 0.2, ratings, FORMS["llara"], history=4, seed=0)
 
 

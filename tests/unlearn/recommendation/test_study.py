@@ -135,7 +135,7 @@ def test_corrected_rows_are_asked_and_answered_as_they_should_be(tmp_path, kind)
     (change,) = case.edits
     assert change.ids == [case.rows[i].name for i in case.touched]
     for place, i in enumerate(case.touched):
-        before, after = (study.texts(study.fitted(x[i])) for x in (case.spoilt, case.rows))
+        before, after = (study.texts(study.fitted(x[i])) for x in (case.corrupted, case.rows))
         assert (before[0] == after[0]) == (kind == "response") and (before[1] == after[1]) == (kind != "response")
         encoded = study.recommender.encode([after], config.data.length, config.data.answer)
         np.testing.assert_array_equal(change.examples["labels"][place], encoded.labels[0])
