@@ -8,7 +8,10 @@ COMMANDS: Commands = {
     "eval": ("unlearn_jax.commands", "compare the edits with retraining and with first-order baselines"),
     "verify": ("unlearn_jax.requests.main", "check the log of requests and the files that it names"),
     "plan": ("unlearn_jax.planning.main", "predict memory and time of an edit on TPUs that are not present"),
-    "bench": ("unlearn_jax.bench.main", "measure products and solves, compared with other libraries, and the cost of an edit"),
+    "bench": (
+        "unlearn_jax.bench.main",
+        "measure products and solves, compared with other libraries, and the cost of an edit",
+    ),
 }
 
 
