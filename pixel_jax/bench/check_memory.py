@@ -27,18 +27,18 @@ from pixel_jax.training.steps import ForwardConfig
 
 def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: UsableExamples | None) -> dict[Kind, bool] | None:
     """Adds lines about the memory of answering and of each phase, by formula; returns which fit, None if no weights do."""
-    room, config, network = device_memory(), recipe.config, recipe.network
+    available, config, network = device_memory(), recipe.config, recipe.network
     model = abstract_model(recipe)
     weights = bytes_per_device(sharded(model, shardings(model, mesh)))
     limits = read_limits(config.model) or RolloutConfig()
     cache = network.text.cache_bytes(limits.max_tokens, jnp.dtype(recipe.dtype).itemsize)
     text = f"to answer: weights {size_text(weights)}, a row of {limits.max_tokens} tokens {size_text(cache)}"
-    text += f", of {size_text(room)}"
+    text += f", of {size_text(available)}"
     remedy = "split the weights over more devices (config.mesh), or take a smaller model, or one in bfloat16"
     shorter = "lower max_tokens in the model's rollout.json, or split the weights over more devices (config.mesh)"
-    checks.add("memory", text, remedy if weights > room else shorter * (weights + cache > room))
-    checks.details["memory"] = needs = dict[str, Any](device=room, weights=weights, row=cache, phases={})
-    if weights > room:
+    checks.add("memory", text, remedy if weights > available else shorter * (weights + cache > available))
+    checks.details["memory"] = needs = dict[str, Any](device=available, weights=weights, row=cache, phases={})
+    if weights > available:
         return None
     fits: dict[Kind, bool] = {}
     kinds: list[Kind] = phases_of(config) if rows is None else [rows.kind]
@@ -46,9 +46,9 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: UsableExam
         with checks.item("memory"):
             parts = tuning_bytes(recipe, mesh, rows) if kind == "sft" else learning_bytes(recipe, mesh, rows)
             needs["phases"][kind] = parts
-            fits[kind] = sum(parts.values()) <= room
+            fits[kind] = sum(parts.values()) <= available
             text = f"{kind}: " + ", ".join(f"{name} {size_text(n)}" for name, n in parts.items())
-            text += f": {size_text(sum(parts.values()))} of {size_text(room)}"
+            text += f": {size_text(sum(parts.values()))} of {size_text(available)}"
             less = "" if config.adapts else "train adapters (config.lora; --config=pixel/own_data:lora), or "
             remedy = (
                 f"{less}split the weights over more devices (config.mesh), or take smaller pictures and shorter rows"

@@ -201,7 +201,7 @@ def data_lines(
     shapes: Sequence[BatchShape] = ()
     fitting: Sequence[Example] = ()
     with contextlib.suppress(ValueError):  # none is left: the report says why
-        fitting, shapes = with_room(config, kind, examples, report, vocabulary, known, files, mesh)
+        fitting, shapes = fitting_examples(config, kind, examples, report, vocabulary, known, files, mesh)
     counts = collections.Counter(
         "about a video"
         if x.video
@@ -224,8 +224,8 @@ def data_lines(
     checks.details["data"] = {"kind": kind, "rows": total, "usable": len(fitting), "faults": report.dropped}
     if not fitting:
         remedy = "no row can be used: docs/your-own-data.md describes the format, config.columns renames fields"
-    room = "the config's shapes" if config.trace_shapes or config.image_buffer else "shapes worked out from them"
-    checks.add("data", f"{summary}; {len(fitting)} fit {room}", remedy)
+    where = "the config's shapes" if config.trace_shapes or config.image_buffer else "shapes worked out from them"
+    checks.add("data", f"{summary}; {len(fitting)} fit {where}", remedy)
     for fault in report.dropped[:SHOWN]:
         checks.add("fault", fault, status="note")
     if left_out > SHOWN:
@@ -235,7 +235,7 @@ def data_lines(
     return UsableExamples(kind, fitting, shapes) if fitting else None
 
 
-def with_room(
+def fitting_examples(
     config: TrainConfig,
     kind: Kind,
     examples: Sequence[Example],

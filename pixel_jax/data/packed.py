@@ -58,7 +58,7 @@ class PackedOrder(BucketOrder[PackedRow]):
         fits = np.asarray((self.sizes[:, None] <= self.capacities).all(axis=-1))
         if not fits.any(axis=1).all():
             trace = int(np.argmin(fits.any(axis=1)))
-            raise ValueError(f"trace {trace} takes {sizes[trace]}; {no_room(buckets)}")
+            raise ValueError(f"trace {trace} takes {sizes[trace]}; {fits_no_shape(buckets)}")
         self.bucket = fits.argmax(axis=1)
         super().__init__(self.packed, size, seed)
 
@@ -78,12 +78,12 @@ class PackedOrder(BucketOrder[PackedRow]):
         return packed
 
 
-def no_room(shapes: Sequence[BatchShape]) -> str:
+def fits_no_shape(shapes: Sequence[BatchShape]) -> str:
     """Says that a trace fits none of the shapes, and what to do."""
     return f"there is room for {', or '.join(map(str, shapes))} ({BY_HAND})"
 
 
-def no_memory(need: BatchShape, auto: AutoShapes) -> str:
+def fits_no_memory(need: BatchShape, auto: AutoShapes) -> str:
     """Says that a trace does not fit the memory, and what to do."""
     return (
         f"to tune on it would take {auto.row_bytes(need) / 2**30:.2f} GiB of a device that has {auto.memory / 2**30:.2f} "
@@ -135,7 +135,7 @@ class Packing:
             if row is None:
                 continue
             if not any(bucket.holds(row.shape) for bucket in self.buckets):
-                remedy = no_room(self.buckets) if auto is None else no_memory(row.shape, auto)
+                remedy = fits_no_shape(self.buckets) if auto is None else fits_no_memory(row.shape, auto)
                 why = f"{example.id} takes {row.shape}; {remedy}"
                 if not report.drop:
                     raise TraceError(why)

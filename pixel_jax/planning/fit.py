@@ -20,14 +20,14 @@ SECTIONS = {"sft": "sft", "update": "rl", "score": "rl"}  # of the config, for s
 
 
 def largest(
-    sizes: Sequence[int], needed: Callable[[int], float], room: float, *, known: Mapping[int, float], second: int
+    sizes: Sequence[int], needed: Callable[[int], float], capacity: float, *, known: Mapping[int, float], second: int
 ) -> int | None:
     """Finds the largest size that fits, among sizes whose need grows about linearly. What it returns has been measured.
 
     Args:
         sizes: ascending.
         needed: measures what a size needs, which takes long; infinite if that is unknown and too much.
-        room: what there is.
+        capacity: the most that may be needed.
         known: size -> what it needs, of sizes measured before; at least one.
         second: the size to measure if only one is known.
 
@@ -35,23 +35,23 @@ def largest(
         None if no known size fits, the least being among them.
     """
     known = dict(known)
-    while (fitting := [size for size in known if known[size] <= room]) and len(known) < MOST:
-        size = second if len(known) == 1 else _predicted(sizes, known, max(fitting), room)
+    while (fitting := [size for size in known if known[size] <= capacity]) and len(known) < MOST:
+        size = second if len(known) == 1 else _predicted(sizes, known, max(fitting), capacity)
         if size in known:
             break
         known[size] = needed(size)
     return max(fitting, default=None)
 
 
-def _predicted(sizes: Sequence[int], known: Mapping[int, float], fits: int, room: float) -> int:
-    """Returns the largest size within `room` on the line through what is known beside the limit; `fits` if none is larger."""
-    too_large = min((size for size in known if known[size] > room), default=None)
+def _predicted(sizes: Sequence[int], known: Mapping[int, float], fits: int, capacity: float) -> int:
+    """Returns the largest size within `capacity` on the line through what is known beside the limit; `fits` if none is larger."""
+    too_large = min((size for size in known if known[size] > capacity), default=None)
     open_sizes = [size for size in sizes if size > fits and (too_large is None or size < too_large)]
     if too_large is not None and math.isinf(known[too_large]):  # no line: the middle
         return open_sizes[len(open_sizes) // 2] if open_sizes else fits
     other = too_large if too_large is not None else max((size for size in known if size < fits), default=fits)
     rise = (known[other] - known[fits]) / (other - fits) if other != fits else math.inf
-    limit = math.inf if rise <= 0 else fits + (room - known[fits]) / rise
+    limit = math.inf if rise <= 0 else fits + (capacity - known[fits]) / rise
     return max((size for size in open_sizes if size <= limit), default=fits)
 
 
@@ -168,5 +168,5 @@ def shortfall(plans: Sequence[Compiled], machine: Machine, steps: Sequence[str],
         "shorter rows (config.rl.rollout.max_response, config.prompt_width, config.trace_tokens)",
         "config.lora",
     ]
-    room = f"a program may use {machine.chip.memory / GIB:.1f} GiB"
-    return f"Nothing fits on {machine.name}, where {room}: {what}. What helps: {'; '.join(remedies)}."
+    limit = f"a program may use {machine.chip.memory / GIB:.1f} GiB"
+    return f"Nothing fits on {machine.name}, where {limit}: {what}. What helps: {'; '.join(remedies)}."

@@ -100,7 +100,7 @@ class Completions:
             await refusal(RequestError("send a POST", status=405))(scope, receive, send)
             return
         try:
-            with self._room():
+            with self._entered():
                 await self._answer(scope, receive, send)
         except RequestError as error:
             await refusal(error)(scope, receive, send)
@@ -108,7 +108,7 @@ class Completions:
             pass
 
     @contextlib.contextmanager
-    def _room(self):
+    def _entered(self):
         try:
             self.engine.enter()
         except BusyError as error:

@@ -133,9 +133,9 @@ def test_packed_rows_are_the_traces(packed, examples):
         expected = from_trajectories(jax.tree.map(lambda x: x[list(place.traces)], alone))  # noqa: B023
         for ours, theirs in zip(chosen_and_seen(batch), chosen_and_seen(expected), strict=True):
             assert ours == theirs
-        room = packed.buckets[place.bucket]
-        assert batch.tokens.shape == (1, room.tokens) and batch.visual.slices.shape == (1, room.slices, 2)
-        assert batch.visual.patches.shape[:3] == (1, room.images, room.patches)
+        bucket = packed.buckets[place.bucket]
+        assert batch.tokens.shape == (1, bucket.tokens) and batch.visual.slices.shape == (1, bucket.slices, 2)
+        assert batch.visual.patches.shape[:3] == (1, bucket.images, bucket.patches)
 
 
 def first(packed, count, index=0, processes=1, state=None):
@@ -166,14 +166,14 @@ def test_batches_resume_anywhere_and_are_shared_by_processes(packed):
 
 def test_padding_is_reported(packed):
     tokens = sum(len(row.ids) for row in packed.rows)
-    room = sum(packed.buckets[place.bucket].tokens for bucket in packed.order.rows(0) for place in bucket)
+    capacity = sum(packed.buckets[place.bucket].tokens for rows in packed.order.rows(0) for place in rows)
     share = packed.padding()
     alone = share["tokens without packing"]
-    assert share["tokens"] == pytest.approx(1 - tokens / room)
+    assert share["tokens"] == pytest.approx(1 - tokens / capacity)
     assert alone == pytest.approx(1 - tokens / len(packed.rows) / 1024)
     seen = sum(t * h * w for row in packed.rows for t, h, w in row.grids)
-    room = sum(packed.buckets[place.bucket][2] * 16 for bucket in packed.order.rows(0) for place in bucket)
-    assert share["patches"] == pytest.approx(1 - seen / room)
+    capacity = sum(packed.buckets[place.bucket][2] * 16 for rows in packed.order.rows(0) for place in rows)
+    assert share["patches"] == pytest.approx(1 - seen / capacity)
     said = (
         f"{share['tokens']:.1%} of the tokens, {share['patches']:.1%} of the patches, {alone:.1%} of the tokens without"
     )
@@ -181,7 +181,7 @@ def test_padding_is_reported(packed):
     assert "12 traces" in str(packing(packed.examples, ())[0])
 
 
-def test_what_has_no_room_is_an_error_or_dropped_and_counted(examples):
+def test_what_fits_no_shape_is_an_error_or_dropped_and_counted(examples):
     longest = max(len(row.ids) for row in packing(examples)[0].rows)
     tight = LARGEST._replace(tokens=longest - 1)
     with pytest.raises(TraceError, match=rf"SA1B-1-1 takes {longest} tokens .*there is room for .*config.trace_tokens"):

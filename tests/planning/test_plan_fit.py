@@ -24,7 +24,7 @@ LEAST = dataclasses.replace(recipe(), together=1)
 SIZES = st.lists(st.integers(1, 10_000), min_size=1, max_size=40, unique=True).map(sorted)
 
 
-def found(sizes, needs, room, second=None):
+def found(sizes, needs, capacity, second=None):
     """The answer, and the sizes that were measured for it."""
     measured = [sizes[0]]
 
@@ -33,29 +33,29 @@ def found(sizes, needs, room, second=None):
         return needs(size)
 
     second = sizes[min(1, len(sizes) - 1)] if second is None else second
-    return largest(sizes, needed, room, known={sizes[0]: needs(sizes[0])}, second=second), measured
+    return largest(sizes, needed, capacity, known={sizes[0]: needs(sizes[0])}, second=second), measured
 
 
 @given(SIZES, st.floats(0, 1e6), st.floats(1, 1e3), st.floats(0, 1e7), st.data())
-def test_of_needs_on_a_line_the_largest_is_found_with_three(sizes, base, slope, room, data):
+def test_of_needs_on_a_line_the_largest_is_found_with_three(sizes, base, slope, capacity, data):
     needs = lambda size: base + slope * size
-    fitting = [size for size in sizes if needs(size) <= room]
-    if any(abs(needs(size) - room) < 1e-6 * room for size in sizes):
+    fitting = [size for size in sizes if needs(size) <= capacity]
+    if any(abs(needs(size) - capacity) < 1e-6 * capacity for size in sizes):
         return  # rounding decides
-    answer, measured = found(sizes, needs, room, data.draw(st.sampled_from(sizes[1:] or sizes)))
+    answer, measured = found(sizes, needs, capacity, data.draw(st.sampled_from(sizes[1:] or sizes)))
     assert answer == max(fitting, default=None) and len(measured) <= 3
 
 
 @given(SIZES, st.lists(st.floats(0, 1e3), min_size=40, max_size=40), st.floats(0, 2e4), st.booleans())
-def test_whatever_the_needs_the_answer_was_measured_and_fits(sizes, steps, room, unknown):
+def test_whatever_the_needs_the_answer_was_measured_and_fits(sizes, steps, capacity, unknown):
     needs = dict(zip(sizes, (sum(steps[: i + 1]) for i in range(len(sizes))), strict=True))
-    needs = {size: math.inf if unknown and need > room else need for size, need in needs.items()}
-    answer, measured = found(sizes, needs.get, room)
+    needs = {size: math.inf if unknown and need > capacity else need for size, need in needs.items()}
+    answer, measured = found(sizes, needs.get, capacity)
     assert len(measured) == len(set(measured)) <= MOST
-    if needs[sizes[0]] > room:
+    if needs[sizes[0]] > capacity:
         assert answer is None
     else:
-        assert answer == max(size for size in measured if needs[size] <= room)
+        assert answer == max(size for size in measured if needs[size] <= capacity)
 
 
 def test_the_sizes_of_a_recipe():
@@ -92,9 +92,9 @@ class Compiler:
         return Compiled(Plan(target.name, step, mesh | size, fits, need, 1.0, 1.0, {}, 1.0, "compute"), {}, 0.0)
 
 
-def of(room):
+def of(capacity):
     target = machine("cpu:2")
-    return target._replace(chip=target.chip._replace(memory=room))
+    return target._replace(chip=target.chip._replace(memory=capacity))
 
 
 def test_updates_and_scores_have_the_micro_batches_of_the_one_that_needs_more(monkeypatch):

@@ -276,9 +276,9 @@ def test_a_rollout_must_fit_beside_the_state_that_is_trained(monkeypatch):
     monkeypatch.setattr(search_module, "candidates", lambda recipe, step, _: [rolled] if step == "rollout" else meshes)
     state = lambda mesh: resident_bytes(small, "rollout", target, {"update": mesh, "rollout": rolled})
     assert state(meshes[0]) > state(meshes[1]) > (least := state(meshes[2]))
-    room = target._replace(chip=target.chip._replace(memory=1e9 + least))
+    smaller = target._replace(chip=target.chip._replace(memory=1e9 + least))
     compiler = Compiler(monkeypatch, lambda step: 1e9 if step == "rollout" else 0.0)
-    best = search(small, LEARNING, room, fitting=1, most=2, report=made.append)
+    best = search(small, LEARNING, smaller, fitting=1, most=2, report=made.append)
     found = best["update"].plan.sharding
     assert found == meshes[2] and best["rollout"].plan.bytes_per_chip == 1e9 + least
     assert compiler.tried == [

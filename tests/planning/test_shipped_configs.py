@@ -39,9 +39,9 @@ def shipped(name: str):
     return runpy.run_path(str(shipped_configs()[name]))["get_config"]()
 
 
-def asking(rollout: RolloutConfig, prompts: int, room) -> Recipe:
-    """Rollouts of so many prompts in a room (images, height, width, tokens) at the largest model."""
-    *buffer, width = room
+def asking(rollout: RolloutConfig, prompts: int, shape) -> Recipe:
+    """Rollouts of so many prompts of a shape (images, height, width, tokens) at the largest model."""
+    *buffer, width = shape
     rollout = dataclasses.replace(rollout, temperature=1.0)  # traced: one program, and RL refuses greedy rollouts
     rl = RLConfig(iterations=1, prompts=prompts, rollout=rollout, train_batch=prompts * rollout.group_size)
     config = TrainConfig(**PLACES, rl=rl, image_buffer=tuple(buffer), prompt_width=width)
@@ -49,17 +49,17 @@ def asking(rollout: RolloutConfig, prompts: int, room) -> Recipe:
 
 
 def evaluation(benchmark: str) -> Recipe:
-    """`pixel-jax eval` in the largest room of a benchmark."""
+    """`pixel-jax eval` in the largest bucket of a benchmark."""
     values = shipped("pixel/eval")
     values.model, values.out, values.benchmarks[benchmark].data = "DIR", "RUN", "FILE"
     config = load(EvalConfig, values)
-    rooms = config.benchmarks[benchmark]
-    return asking(Exam(rooms, config.rollout).limits, config.batch, rooms.buckets[-1])
+    benchmark_config = config.benchmarks[benchmark]
+    return asking(Exam(benchmark_config, config.rollout).limits, config.batch, benchmark_config.buckets[-1])
 
 
 def own_data() -> Recipe:
-    room = {"image_buffer": (1, 1536, 1536), "prompt_width": 2560}  # which it works out from the data
-    config = load(TrainConfig, {**shipped("pixel/own_data").to_dict(), **PLACES, **room})
+    shape = {"image_buffer": (1, 1536, 1536), "prompt_width": 2560}  # which it works out from the data
+    config = load(TrainConfig, {**shipped("pixel/own_data").to_dict(), **PLACES, **shape})
     return Recipe(config, released(LARGEST), tables(build_vocabulary()), dtype="float32")
 
 
