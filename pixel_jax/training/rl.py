@@ -155,7 +155,7 @@ class Learner:
         """Makes the state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
-    def shard_rows(self, rows: Batch) -> Batch:
+    def to_devices(self, rows: Batch) -> Batch:
         """Moves host rows to the devices."""
         return rows if self.mesh is None else shard_batch(rows, self.mesh)
 
