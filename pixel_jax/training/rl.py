@@ -26,7 +26,7 @@ from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.sources import source_of, token_ages
 from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import Resharder, TrainState, are_disjoint, init_state
+from pixel_jax.training.state import Resharder, TrainState, are_apart, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
 from pixel_jax.training.writers import WriterName
 
@@ -50,8 +50,9 @@ class RLConfig:
     loss: PolicyLossConfig = PolicyLossConfig()
     # The ratio's denominator: recomputed by the trainer before the updates, or the sampler's, which saves a forward pass.
     old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
-    # Regular expression of the paths of trained weights; by default all, the vision tower included.
-    trainable: str = ".*"
+    trainable: str = (
+        ".*"  # regular expression of the paths of trained weights; by default all, the vision tower included
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     packing: PackingConfig | None = None  # of an update's rows; None: rows are not packed, and have the greatest length
     forward: ForwardConfig = ForwardConfig()
@@ -129,8 +130,8 @@ class Learner:
         self.data: Any = data
         self.stages, self.config, self.mesh = stages, config, mesh
         self.notice = NOTICE
-        disjoint = rollout_mesh is not None and are_disjoint(mesh, rollout_mesh)
-        if config.staleness and not disjoint:
+        apart = rollout_mesh is not None and are_apart(mesh, rollout_mesh)
+        if config.staleness and not apart:
             raise ValueError(
                 f"staleness {config.staleness}: rows are written ahead only by devices of their own; give `rollout_mesh` other "
                 "devices than `mesh`"
@@ -155,7 +156,7 @@ class Learner:
         """Makes the state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
-    def to_devices(self, rows: Batch) -> Batch:
+    def place(self, rows: Batch) -> Batch:
         """Moves host rows to the devices."""
         return rows if self.mesh is None else shard_batch(rows, self.mesh)
 

@@ -172,7 +172,7 @@ def update(learner: "Learner", state: TrainState, selected: Selected) -> Updated
         if config.packing:
             rows = pack_rows(jax.tree.map(local_rows, rows), config.packing)
         learner.throughput.count(rows)
-        state, report = learner.update(state, learner.to_devices(rows))
+        state, report = learner.update(state, learner.place(rows))
         reports.append(check_report(report, collected.questions.iteration * config.updates + u))
     means = {name: float(np.mean([report[name] for report in reports])) for name in (reports[0] if reports else ())}
     return Updated(state, {"updates": updates, **means})
@@ -231,7 +231,7 @@ def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: C
     for start in range(0, len(rows.images), size):
         NOTICE.check()
         batch = with_pixels(learner, take(rows, slice(start, start + size)), collected)
-        logprobs.append(local_rows(learner.logprobs(model, learner.to_devices(batch))[0]))
+        logprobs.append(local_rows(learner.logprobs(model, learner.place(batch))[0]))
     return np.concatenate(logprobs)
 
 

@@ -88,7 +88,7 @@ def cast(model: T, dtype: str | None) -> T:
     )
 
 
-def are_disjoint(training: Mesh | None, rollouts: Mesh) -> bool:
+def are_apart(training: Mesh | None, rollouts: Mesh) -> bool:
     """Whether rollouts have devices of their own, rather than those of training.
 
     Raises:
@@ -116,8 +116,8 @@ class Resharder:
     """
 
     def __init__(self, source: Mesh | None, target: Mesh | None, dtype: str | None = None):
-        self.disjoint = target is not None and are_disjoint(source, target)
-        if self.disjoint and jax.process_count() > 1:
+        self.apart = target is not None and are_apart(source, target)
+        if self.apart and jax.process_count() > 1:
             raise ValueError(
                 f"rollouts on devices of their own with {jax.process_count()} processes: weights are only moved between them "
                 "in one process; give rollouts the devices of training"
@@ -137,7 +137,7 @@ class Resharder:
             return self._cast(state.model)
         if self.frozen is None:
             # A copy even of weights that are not moved, because the next update donates the state's buffers.
-            kept = state.rest if self.disjoint else jax.tree.map(jax.numpy.copy, state.rest)
+            kept = state.rest if self.apart else jax.tree.map(jax.numpy.copy, state.rest)
             kept = self._cast(kept)
             self.frozen = jax.device_put(kept, shardings(kept, self.target))
         trainable = self._cast(state.trainable)
