@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def test_serve(tmp_path):
     """What runs when it is told to end is answered to its end; then it goes, and says so."""
-    directory = tmp_path / "model"
+    directory = tmp_path / "talker"
     save_pretrained(scripted_model.model(), Processor(scripted_model.vocabulary().tokenizer), directory)
     limits = dataclasses.replace(scripted_model.CONFIG, max_response=256, observe_chunk=1)
     (directory / "rollout.json").write_text(json.dumps(dataclasses.asdict(limits)))
