@@ -107,7 +107,7 @@ def test_greedy_answers_are_those_of_repeated_passes(count, monkeypatch):
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(UserError, match=r"config\.lora\.layers is 4; the model has 3"):
+    with pytest.raises(UserError, match=r"config\.adapter\.layers is 4; the model has 3"):
         make(4)
     with pytest.raises(ValueError, match="over 24 or 8: raise config.data.length"):
         make(1).encode([("Film 1, " * 30, "Yes.")], LENGTH, 8)
