@@ -109,7 +109,7 @@ def test_compiling_says_what_it_is_and_how_long_it_took_the_last_time(tmp_path, 
     stop = announce_compiles(stream=stream)
     try:
         for seconds in (20.0, 0.3):  # the second was only read from the cache
-            # jax 0.10 names the program so, later versions as its function.
+            # jax names programs so, whatever their functions are called.
             jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="jit(compiled_rollout)")
             jax.monitoring.record_event_duration_secs(COMPILED, seconds, fun_name="jit(compiled_rollout)")
         jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="compiled_rollout")
