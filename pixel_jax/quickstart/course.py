@@ -61,11 +61,14 @@ class Course:
     """
 
     def __init__(self, seeds: Mapping[int, list[Part]]):
-        self.seeds = seeds
+        self.seeds, self.ended = seeds, False
         self.line = ProgressLine("quickstart", sum(x.steps * x.cost for parts in seeds.values() for x in parts))
 
     def show(self, seed: int, doing: str, metrics: Mapping[str, float]) -> None:
         """Shows how far all seeds are, which one is at work, and what it does."""
+        if self.ended:
+            return
         where = f"seed {list(self.seeds).index(seed) + 1} of {len(self.seeds)}" if len(self.seeds) > 1 else ""
         done = sum(part.done for parts in self.seeds.values() for part in parts)
+        self.ended = done == self.line.total
         self.line.update(done, metrics, ", ".join(filter(None, [where, doing])))

@@ -267,7 +267,7 @@ def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None
         model, _ = from_pretrained(directory / "warm" / "model")
         stages = Stages(Rewards.of(config.rl.reward, task.decode))
         watch = Watch(
-            WatchConfig(files=1),
+            WatchConfig(),
             folder / "rl",
             config.rl.iterations,
             task.vocabulary,

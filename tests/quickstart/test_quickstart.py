@@ -251,10 +251,17 @@ def test_one_bar_shows_all_seeds(tmp_path, capsys):
     learned.log.parent.mkdir(parents=True)
     learned.log.write_text('{"step": -1, "eval_rapr": 0.5}\n{"step": 0, "reward": 1.0}\n')
     course.show(4, "compiling the rollout ...", {"curiosity rapr": 0.5})
-    nothing, one, most = capsys.readouterr().err.splitlines()
+    learned.result.write_text("{}")
+    for part in seeds[4]:
+        part.result.parent.mkdir(parents=True, exist_ok=True)
+        part.result.write_text("{}")
+    course.show(4, "", {})
+    course.show(4, "", {})  # the end is said once
+    nothing, one, most, all_done = capsys.readouterr().err.splitlines()
     total = 2 * (4 + 4 * 4 + 3 * 60)  # of each seed: steps of tuning, iterations of both arms, three evaluations
     assert nothing == f"quickstart 0/{total}  ? left  seed 1 of 2, warm start  "
     assert one.startswith(f"quickstart 1/{total}  ") and "? left" not in one
+    assert all_done.startswith(f"quickstart {total}/{total}  0:00 left  seed 2 of 2")
     assert most.startswith(f"quickstart {total // 2 - 4}/{total}  0:0")
     assert most.endswith(" left  seed 2 of 2, compiling the rollout ...  curiosity rapr 0.5")
 
