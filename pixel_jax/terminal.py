@@ -212,9 +212,9 @@ _starting: Waiting | None = None
 
 
 def start() -> None:
-    """Says that the program is starting, until it says anything else."""
+    """Says on a terminal that the program is starting, until it says anything else."""
     global _starting
-    _starting = Waiting("starting")
+    _starting = Waiting("starting", shown=is_live(sys.stderr))
 
 
 def end_starting() -> None:
