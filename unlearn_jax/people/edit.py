@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
-from pixel_jax.parallel.processes import is_main_process, say, waiting
+from pixel_jax.parallel.processes import is_main_process, say
 from pixel_jax.state_files import read_note, write_json
 from unlearn_jax import tree
 from unlearn_jax.dataset import Dataset
@@ -29,8 +29,7 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # the same adapter is trained again; one of other settings is not overwritten
     refuse_training_again(config.directory)
-    with waiting("the base model and the corpus"):
-        task, begun = PeopleTask.of(config, mesh), time.perf_counter()
+    task, begun = PeopleTask.of(config, mesh), time.perf_counter()
     items = task.items()
     adapter, spent = task.train(items, np.ones(len(items)), keep=True)
     decay, micro_batch = config.erasure.weight_decay, config.erasure.micro_batch

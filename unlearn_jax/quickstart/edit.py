@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
-from pixel_jax.parallel.processes import say
+from pixel_jax.parallel.processes import say, waiting
 from pixel_jax.state_files import read_note
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.quickstart.adapter_run import AdapterRun
@@ -26,7 +26,8 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     refuse_training_again(config.directory)
     run = AdapterRun.of(config, mesh)
     task = TraceTask(run)
-    dataset = Dataset.of(task.encode(task.items()))
+    with waiting("writing the traces as tokens"):
+        dataset = Dataset.of(task.encode(task.items()))
     size = sum(x.size for x in run.fresh.values())
     say(f"{len(dataset)} traces, an adapter of {size} numbers; at most {config.training.max_steps} steps of L-BFGS")
     begun = time.perf_counter()
