@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 
 import numpy as np
@@ -26,7 +27,7 @@ from pixel_jax.quickstart.main import chat_command, write_card
 from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.quickstart.page import page
-from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
+from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_seeds, run_tuning
 from pixel_jax.quickstart.summary import summarise
 from pixel_jax.quickstart.task import lesson_of
 from pixel_jax.rollouts.config import RolloutConfig
@@ -264,6 +265,52 @@ def test_one_bar_shows_all_seeds(tmp_path, capsys):
     assert all_done.startswith(f"quickstart {total}/{total}  0:00 left  seed 2 of 2")
     assert most.startswith(f"quickstart {total // 2 - 4}/{total}  0:0")
     assert most.endswith(" left  seed 2 of 2, compiling the rollout ...  curiosity rapr 0.5")
+
+
+PHASE = """#!/bin/bash
+# Stands for the interpreter that runs `-m pixel_jax.quickstart.phase DIRECTORY PHASE [CORE]`.
+cd "$3" && echo "$4 $5" >> order.txt && echo "compiling nothing ..."
+[ "$4" = "$FAILING" ] && echo "it has failed" >&2 && exit 3
+timed='{"seconds": 1.0}'
+case $4 in
+tuning) echo "$timed" > ground.json && echo "$timed" > warm.json ;;
+judging) echo '{"accuracy": 0.25, "seconds": 1.0}' > warm_evaluation.json ;;
+*)
+    mkdir -p "$4/rl"
+    echo '{"step": 0, "reward": 1.0}' > "$4/rl/metrics.jsonl"
+    echo '{"done": 1, "eval_accuracy": 0.5, "eval_rapr": 0.75}' > "$4/rl/looks.jsonl"
+    sleep 0.5
+    echo "$timed" > "$4/trained.json" && echo "$timed" > "$4/evaluation.json"
+    echo '{"accuracy": 0.5, "seconds_training": 1.0, "seconds_evaluation": 1.0}' > "$4/result.json"
+    ;;
+esac
+"""
+
+
+def test_the_phases_of_all_seeds_and_their_bar(tmp_path, monkeypatch, capsys):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(PHASE)
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(pipeline.sys, "executable", str(interpreter))
+    monkeypatch.setattr(pipeline, "POLL", 0.05)
+    monkeypatch.setenv("FAILING", "no_curiosity")
+    with pytest.raises(
+        RuntimeError, match="the phase no_curiosity ended with code 3:\ncompiling nothing ...\nit has failed"
+    ):
+        list(run_seeds(SMALLEST, tmp_path, 2))
+    monkeypatch.setenv("FAILING", "")
+    capsys.readouterr()
+    found = dict(run_seeds(SMALLEST, tmp_path, 2))
+    assert list(found) == [0, 1] and found[1]["rl"]["no_curiosity"] == {"accuracy": 0.5}
+    assert found[0]["sft"] == {"accuracy": 0.25} and found[0]["seconds"]["rl_curiosity"] == 1.0
+    first, second = ((tmp_path / f"seed-{seed}" / "order.txt").read_text().splitlines() for seed in (0, 1))
+    assert first[-1] == "no_curiosity 1" and first.count("tuning ") == 1  # what was done is not done again
+    assert second[0] == "tuning " and sorted(second[1:3]) == ["curiosity 0", "judging 1"]
+    assert second[3:] == ["no_curiosity 1"]
+    said = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"quickstart \d+/400  .* left  seed [12] of 2, ", line) for line in said)
+    assert said[-1].startswith("quickstart 400/400  0:00 left  seed 2 of 2") and len(said) == len(set(said))
+    assert "curiosity accuracy 0.5  curiosity rapr 0.75" in said[-1]
 
 
 # ---- summary and page
