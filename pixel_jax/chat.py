@@ -18,7 +18,7 @@ from absl import flags
 from pixel_jax.cli import UserError
 from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.signals import SIGNALS
-from pixel_jax.terminal import printable, say, warn
+from pixel_jax.terminal import Waiting, printable, say, warn
 
 if TYPE_CHECKING:
     from pixel_jax.evaluation.transcript import Transcript
@@ -283,17 +283,19 @@ class Chat:
         screen.question(question, query, len(parts))
         reader, turns = Reader(speaker.vocabulary), [""]
         try:
-            while reader.ended is None:
-                session.advance(BUDGET)
-                for event in reader.read(session.read()[slot]):
-                    if isinstance(event, Wrote):
-                        turns[-1] += event.text
-                        screen.wrote(event.text)
-                    else:
-                        turns.append("")
-                        screen.saw(event, query)
-                if SIGNALS.requested:
-                    raise UserError("the answer was stopped; the conversation is as it was before the question")
+            with Waiting("the model reads the question and what it is shown") as reading:
+                while reader.ended is None:
+                    session.advance(BUDGET)
+                    for event in reader.read(session.read()[slot]):
+                        reading.end()
+                        if isinstance(event, Wrote):
+                            turns[-1] += event.text
+                            screen.wrote(event.text)
+                        else:
+                            turns.append("")
+                            screen.saw(event, query)
+                    if SIGNALS.requested:
+                        raise UserError("the answer was stopped; the conversation is as it was before the question")
         except BaseException:
             self._session = None  # its state is not known
             screen.end()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from absl import app, flags, logging
 
 from pixel_jax.signals import SIGNALS, leaving
-from pixel_jax.terminal import be_quiet, keep_streams, say
+from pixel_jax.terminal import be_quiet, end_starting, keep_streams, say, start
 
 # name -> (module with `define_flags(command)` and `main(command, arguments)`, help)
 Commands = Mapping[str, tuple[str, str]]
@@ -173,6 +173,7 @@ def run_program(program: str, commands: Commands) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         if flags.FLAGS.quiet:
             be_quiet()
+        start()
         try:
             module.main(command, arguments[1:])
         except (UserError, ValueError, OSError, FloatingPointError, RuntimeError) as error:
@@ -184,6 +185,8 @@ def run_program(program: str, commands: Commands) -> None:
                 message = f"--config: {message.splitlines()[-1].strip()}"
             say(f"{name}: {message}", sys.stderr)
             sys.exit(1)
+        finally:
+            end_starting()
 
     def parse(arguments: list[str]) -> list[str]:
         try:

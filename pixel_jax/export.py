@@ -11,6 +11,7 @@ from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.identity import read_history
+from pixel_jax.terminal import Waiting
 
 FLAGS = flags.FLAGS
 PHASES = ("sft", "rl")
@@ -186,8 +187,10 @@ def export(
         like = {
             path: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for path, x in trained.items()
         }
-        restored = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))["trainable"]
+        with Waiting(f"reading the checkpoint of step {step}"):
+            restored = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))["trainable"]
     limits = section.rollout if command == "rl" else config.rollout
     whole = combine(cast(dict[str, jax.Array], restored), rest)  # `like`, with its arrays
-    write_model(whole, processor, out, dtype, adapter_of=config.model if config.adapts else None, limits=limits)
+    with Waiting(f"writing {out}"):
+        write_model(whole, processor, out, dtype, adapter_of=config.model if config.adapts else None, limits=limits)
     return step, steps

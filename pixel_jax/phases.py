@@ -230,11 +230,13 @@ def train(command: Command, config: TrainConfig, *, resume_changed: bool = False
         dtype = config.dtype or dtype_of(model)
         phase = Phase(command, config, data, model.config, dtype, processor, mesh, token_tables, rollouts)
         model = tune(phase, model) if command == "sft" else learn(phase, model)
-        phase.write(model, out / "model")
+        with waiting("writing the model"):
+            phase.write(model, out / "model")
         if is_main_process():
             record(phase, model)
     if is_main_process():
-        draw_run(out)
+        with waiting("drawing the run's page"):
+            draw_run(out)
     say(f"The model is in {out / 'model'}.")
 
 

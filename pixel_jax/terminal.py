@@ -57,6 +57,7 @@ def warn(text: Any) -> None:
 
 
 _OUTPUT = threading.RLock()
+_progressed = 0.0  # the time of the last such line that shows progress
 _passing: TextIO | None = None  # the terminal on which a line stands that the next output replaces
 
 
@@ -68,6 +69,14 @@ def put(text: str, stream: TextIO | None, *, passing: bool = False) -> None:
         stream: where to; None: the program was started without it, and nothing is written.
         passing: whether the text is a line of a terminal that the next output replaces, whoever writes it.
     """
+    global _progressed
+    end_starting()
+    if passing:
+        _progressed = time.monotonic()
+    _write_over(text, stream, passing=passing)
+
+
+def _write_over(text: str, stream: TextIO | None, *, passing: bool = False) -> None:
     global _passing
     if stream is None:
         return
@@ -89,7 +98,7 @@ def leave_line() -> None:
     global _passing
     with _OUTPUT:
         stream, _passing = _passing, None
-        put("\n", stream)
+        _write_over("\n", stream)
 
 
 def is_live(stream: TextIO | None) -> bool:
@@ -119,28 +128,50 @@ def progress(text: Any, stream: TextIO | None = None) -> None:
 class Waiting:
     """Says what the program is doing, with the seconds, as long as it does it and if that takes a while.
 
-    On a terminal it is one line that goes when the work has ended; elsewhere it is a line when it is first said.
+    On a terminal it is one line that goes when the work has ended; elsewhere it is a line when it is first said, and one for
+    how far it is, at most every `every` seconds. Of works within others the innermost is shown; one whose progress is shown
+    otherwise (a passing line) needs no more words.
 
     Args:
         what: the work in words, such as "reading the data".
         about: the seconds that it took the last time; None: not known.
         after: the seconds after which it is said.
+        every: the seconds between two lines where there is no terminal.
         stream: None: standard error.
+        shown: whether it is said at all.
     """
 
-    def __init__(self, what: str, *, about: float | None = None, after: float = 2.0, stream: TextIO | None = None):
+    def __init__(
+        self,
+        what: str,
+        *,
+        about: float | None = None,
+        after: float = 2.0,
+        every: float = 10.0,
+        stream: TextIO | None = None,
+        shown: bool = True,
+    ):
+        end_starting()
         self.what = printable(what) + ("" if about is None else f", about {about:.0f} s")
-        self.after, self.stream = after, stream or sys.stderr
+        self.far, self.after, self.every, self.stream = "", after, every, stream or sys.stderr
         self.live = is_live(self.stream)
         self.began, self.ended = time.monotonic(), threading.Event()
+        self.said = self.began
         self.thread: threading.Thread | None = None
-        if is_quiet():
+        if is_quiet() or not shown:
             return
+        _waits.append(self)
         if not self.live and after <= 0:
             self._say()
         else:
             self.thread = threading.Thread(target=self._run, name=what, daemon=True)
             self.thread.start()
+
+    def at(self, far: str) -> None:
+        """Says how far the work is, such as "3 of 15 GB"."""
+        self.far = f": {printable(far)}"
+        if not self.live and self in _waits and time.monotonic() - self.said >= self.every:
+            self._say()
 
     def _run(self) -> None:
         if self.ended.wait(self.after):
@@ -149,18 +180,22 @@ class Waiting:
             self._say()
             return
         while True:
-            line = f"{self.what} ... {time.monotonic() - self.began:.0f} s"
-            put(line[: shutil.get_terminal_size().columns - 1], self.stream, passing=True)
+            if _waits[-1:] == [self] and _progressed < self.began:
+                line = f"{self.what}{self.far} ... {time.monotonic() - self.began:.0f} s"
+                _write_over(line[: shutil.get_terminal_size().columns - 1], self.stream, passing=True)
             if self.ended.wait(1.0):
-                put("", self.stream)
+                _write_over("", self.stream)
                 return
 
     def _say(self) -> None:
-        put(f"{self.what} ...\n", self.stream)
+        self.said = time.monotonic()
+        _write_over(f"{self.what}{self.far} ...\n", self.stream)
 
     def end(self) -> None:
         """Ends it."""
         self.ended.set()
+        if self in _waits:
+            _waits.remove(self)
         if self.thread is not None:
             self.thread.join()
 
@@ -169,6 +204,24 @@ class Waiting:
 
     def __exit__(self, *error) -> None:
         self.end()
+
+
+_waits: list[Waiting] = []  # that go on, the innermost last
+_starting: Waiting | None = None
+
+
+def start() -> None:
+    """Says on a terminal that the program is starting, until it says anything else."""
+    global _starting
+    _starting = Waiting("starting", shown=is_live(sys.stderr))
+
+
+def end_starting() -> None:
+    """Says no longer that the program is starting."""
+    global _starting
+    ended, _starting = _starting, None
+    if ended is not None:
+        ended.end()
 
 
 def table(
@@ -205,6 +258,7 @@ def print_table(content: "Table", stream: TextIO | None = None) -> None:
     """Prints a table. A narrow terminal, or a file, gets long lines rather than cut cells."""
     from rich.console import Console
 
+    put("", sys.stdout if stream is None else stream)  # a line that is passing goes
     Console(file=stream, highlight=False, width=1000).print(content)
 
 

@@ -46,7 +46,7 @@ def define_flags(command: str) -> None:
 def main(command: str, arguments: list[str]) -> None:
     """Shows what the command line names."""
     from pixel_jax.dialog import Language
-    from pixel_jax.terminal import say
+    from pixel_jax.terminal import Waiting, say
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 
     if not arguments:
@@ -55,7 +55,9 @@ def main(command: str, arguments: list[str]) -> None:
     source = RunOpener(FLAGS.most, FLAGS.image_folders, language)
     paths = [pathlib.Path(argument) for argument in arguments]
     if FLAGS.out is not None:
-        say(draw(paths, FLAGS.out, source))
+        with Waiting("drawing the page"):
+            words = draw(paths, FLAGS.out, source)
+        say(words)
     else:
         show(paths, source)
 

@@ -25,6 +25,7 @@ IMPORT = r"from ((?:pixel_jax|unlearn_jax)[\w.]*) import ([\w, ]+)"
 
 # Of other programs and of scripts, which declare no flags of absl.
 OTHER_FLAGS = {
+    "quiet": "pixel_jax/cli.py",
     "all": "tests/conftest.py",
     "part": "tests/conftest.py",
     "dry-run": "launch/gke.sh",

@@ -188,6 +188,52 @@ def test_waiting_is_one_line_that_goes(about, expected):
     assert log.getvalue().count("\n") == 1
 
 
+def test_of_works_within_others_the_innermost_is_shown():
+    stream = Terminal()
+    with terminal.Waiting("the whole", after=0.0, stream=stream):
+        while not stream.lines[0]:
+            pass
+        with terminal.Waiting("a part", after=0.0, stream=stream) as part:
+            part.at("3 of 15 GB\x1b")
+            while "GB" not in stream.lines[0]:
+                pass
+            assert re.fullmatch(r"a part: 3 of 15 GB\\x1b \.\.\. \d s", stream.lines[0])
+    assert stream.lines == [""] and not terminal._waits
+
+
+def test_where_there_is_no_terminal_how_far_it_is_is_said_now_and_then():
+    log = io.StringIO()
+    with terminal.Waiting("reading", after=0.0, every=60.0, stream=log) as often:
+        often.at("1 of 2")
+    with terminal.Waiting("reading", after=0.0, every=0.0, stream=log) as always:
+        always.at("2 of 2")
+    always.at("too late")
+    assert log.getvalue() == "reading ...\nreading ...\nreading: 2 of 2 ...\n"
+
+
+def test_work_whose_progress_is_shown_needs_no_more_words(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = ProgressLine("rl", 2)
+    with terminal.Waiting("the training", after=0.0) as training:
+        progress.update(1, {})
+        training.thread.join(1.5)
+        assert stream.lines == ["rl 1/2  ? left  "]
+
+
+def test_the_program_is_starting_until_it_says_anything(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setitem(terminal.Waiting.__init__.__kwdefaults__, "after", 0.0)
+    for say in (lambda: terminal.warn("a word"), lambda: terminal.Waiting("a work").end(), terminal.end_starting):
+        terminal.start()
+        while "starting" not in stream.lines[-1]:
+            pass
+        say()
+        assert terminal._starting is None and not terminal._waits and stream.lines[-1] == ""
+    assert stream.lines == ["a word", ""]
+
+
 def test_quiet_shows_results_and_warnings_only(monkeypatch, capsys):
     monkeypatch.setenv(terminal.QUIET, "")
     terminal.be_quiet()

@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from pixel_jax.config import define_flag
+from pixel_jax.terminal import Waiting, say
 
 FLAGS = flags.FLAGS
 # The shares of the time of the parts (`check_parts.PARTS`); most of it is spent on compilation.
@@ -63,7 +64,7 @@ def main(command: str, arguments: list[str]) -> None:
     failed = [name for name, part in record["parts"].items() if part["status"] != "passed"]
     if failed:
         raise UserError(f"{', '.join(failed)} of {len(record['parts'])} parts did not pass; {out} says why")
-    print(f"All parts passed on {record['device']}; their figures are in {out}.")
+    say(f"All parts passed on {record['device']}; their figures are in {out}.")
 
 
 def check_directory(model: str) -> None:
@@ -83,7 +84,7 @@ def check_directory(model: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if wrong := check_model(config, data=data is not None, out=out):
         raise UserError(f"wrong: {', '.join(wrong)}. {out} has the record")
-    print(f"All is well; the record is in {out}.")
+    say(f"All is well; the record is in {out}.")
 
 
 def part_command(name: str, quick: bool) -> list[str]:
@@ -107,11 +108,13 @@ def check(
     for name, command in commands.items():
         left = seconds - (time.monotonic() - began)
         ahead = sum(share for other, share in shares.items() if other not in record["parts"])
-        record["parts"][name] = part = run_part(command, max(left, 0) * shares[name] / ahead)
+        most = max(left, 0) * shares[name] / ahead
+        with Waiting(f"checking {name}, at most {most:.0f} s"):
+            record["parts"][name] = part = run_part(command, most)
         record |= {key: part.pop(key) for key in ("device", "quick") if key in part}
         record["seconds"] = time.monotonic() - began
         out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{name}: {part['status']} in {part['seconds']:.0f} s", *part["wrong"], sep="\n  ", flush=True)
+        say("\n  ".join([f"{name}: {part['status']} in {part['seconds']:.0f} s", *part["wrong"]]))
     return record
 
 

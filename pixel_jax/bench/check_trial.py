@@ -26,7 +26,7 @@ from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.prompts import Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout, static_shape
 from pixel_jax.rollouts.trajectory import STOP_REASONS, Tables, to_host
-from pixel_jax.terminal import brief
+from pixel_jax.terminal import Waiting, brief
 from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
@@ -77,7 +77,8 @@ def look(checks: Checklist, model: Model, processor: Processor, rows: UsableExam
     effect = None
     for image, question, answer in [*pictures(rows), PICTURE]:
         with contextlib.suppress(ValueError):  # the picture has one colour, or the question a placeholder: try the next
-            effect = measure_image_effect(model, processor, image, question, answer)
+            with Waiting("checking whether the model sees"):
+                effect = measure_image_effect(model, processor, image, question, answer)
             if effect.sees:
                 break
     if effect is None:

@@ -10,7 +10,7 @@ from pixel_jax.cli import UserError, out_of_memory
 from pixel_jax.data.example import Example
 from pixel_jax.files import write_file
 from pixel_jax.rollouts.shapes import BatchShape
-from pixel_jax.terminal import say
+from pixel_jax.terminal import Waiting, say
 from pixel_jax.train_config import TrainConfig
 
 Kind = Literal["sft", "rl"]
@@ -46,9 +46,10 @@ class Checklist:
 
     @contextlib.contextmanager
     def item(self, name: str, remedy: str = "mend this and check again") -> Iterator[None]:
-        """Adds an error of the block as a line of this name."""
+        """Adds an error of the block as a line of this name, and says what it is about if the block takes a while."""
         try:
-            yield
+            with Waiting(f"checking the {name}"):
+                yield
         except MISTAKES as error:
             full = out_of_memory("pixel-jax rl", error)
             self.add(name, full or " ".join(str(error).split()), remedy, status="wrong")

@@ -15,9 +15,7 @@ from pixel_jax.bench.timing import Timing, Workload, measure
 from pixel_jax.files import read_json
 from pixel_jax.provenance import commit
 from pixel_jax.state_files import write_json
-from pixel_jax.terminal import print_table, say, table
-
-SILENCE = 5.0  # seconds
+from pixel_jax.terminal import Waiting, print_table, say, table
 
 
 def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.Path) -> dict[str, Any]:
@@ -37,40 +35,28 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     if unknown:
         raise ValueError(f"there is no case {', '.join(unknown)}; the cases are {', '.join(cases)}")
     out = pathlib.Path(out)
-    machine = measure_machine(quick)
+    with Waiting("measuring the machine"):
+        machine = measure_machine(quick)
     say(describe(machine))
     record: dict[str, Any] = read_json(out) if only and out.exists() else {"cases": {}}
     record |= {"machine": dataclasses.asdict(machine), "quick": quick}
     began = time.monotonic()
     for number, name in enumerate(only or cases, 1):
         say(f"case {number} of {len(only or cases)}, after {time.monotonic() - began:.0f} s: {name}")
-        note = Seldom()
-        work = cases[name].build(quick)
-        timings = measure(work, least=2, most=2, note=note) if quick else measure(work, note=note)
-        ours = () if quick else tuple(timings)[:1]
-        for alternative in ours if work.memory is None else work.memory:
-            note(f"memory, in a process of its own: {alternative}")
-            peak = peak_memory(module, name, alternative, quick)
-            timings[alternative] = dataclasses.replace(timings[alternative], peak_bytes=peak)
+        with Waiting(name) as waiting:
+            work = cases[name].build(quick)
+            timings = measure(work, least=2, most=2, note=waiting.at) if quick else measure(work, note=waiting.at)
+            ours = () if quick else tuple(timings)[:1]
+            for alternative in ours if work.memory is None else work.memory:
+                waiting.at(f"memory, in a process of its own: {alternative}")
+                peak = peak_memory(module, name, alternative, quick)
+                timings[alternative] = dataclasses.replace(timings[alternative], peak_bytes=peak)
         entry = case_record(work, timings, machine) | {"commit": commit()}
         record["cases"][name] = entry
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
         print_table(case_table(name, entry, quick))
     return record
-
-
-class Seldom:
-    """Says a line about how far a case is, unless less than `SILENCE` seconds have passed since the last one."""
-
-    def __init__(self):
-        self.last = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        """Says it."""
-        if time.monotonic() - self.last >= SILENCE:
-            say(f"  {line}")
-            self.last = time.monotonic()
 
 
 def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpeed) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from pixel_jax.evaluation.stages import (
 from pixel_jax.identity import RunError, settle
 from pixel_jax.models.config import ModelConfig
 from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
+from pixel_jax.parallel.processes import waiting
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -83,7 +84,8 @@ def evaluate(
     (directory / "traces").mkdir(parents=True, exist_ok=True)
     answered = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
     indices = range(process, len(questions), processes)
-    with digests or Digests(directory / f"digests-{process}.json") as digests:
+    reading = waiting("making digests of the pictures")
+    with reading, digests or Digests(directory / f"digests-{process}.json") as digests:
         pictures = dict(zip(indices, digest_sources([questions[i].images for i in indices], digests), strict=True))
     check_pictures(directory, questions, answered, pictures)
     results, todo = Results(directory, process), [i for i in indices if i not in answered]
@@ -94,19 +96,22 @@ def evaluate(
     def keep(records: Iterable[Record]) -> None:
         results.append({**x, "pictures": pictures[x["index"]]} for x in records)
 
-    assigned = find_shapes(policy, questions, exam, todo)
+    with waiting("writing the questions as tokens"):
+        assigned = find_shapes(policy, questions, exam, todo)
     runnable = {i: x for i, x in assigned.items() if isinstance(x, Assignment)}
     n = context.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in assigned.items() if i not in runnable)
     progress, finished = ProgressLine(label, len(todo)), len(todo) - len(runnable)
     # The scores of all questions so far, with those that an earlier start answered and those that could not be asked.
     scores = [float(np.mean(answered[i]["score"])) for i in indices if i in answered] + [0.0] * finished
-    for loaded in load_batches(questions, runnable, exam.batch, exam.way):
-        records = answer_batch(context, stages, questions, runnable, loaded)
-        keep(records)
-        finished += len(loaded)
-        scores += [float(np.mean(x["score"])) for x in records]
-        progress.update(finished, {"score": float(np.mean(scores))})
+    with waiting(f"{label}: the first of {len(runnable)} questions") as first:
+        for loaded in load_batches(questions, runnable, exam.batch, exam.way):
+            records = answer_batch(context, stages, questions, runnable, loaded)
+            first.end()
+            keep(records)
+            finished += len(loaded)
+            scores += [float(np.mean(x["score"])) for x in records]
+            progress.update(finished, {"score": float(np.mean(scores))})
 
 
 def settings_of(

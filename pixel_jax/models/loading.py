@@ -3,9 +3,8 @@
 Besides what the devices hold, the host has at most two shards in memory.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,12 +13,10 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from pixel_jax.models.tensors import Tensor, is_finite
-from pixel_jax.parallel.processes import is_main_process
-from pixel_jax.terminal import printable
+from pixel_jax.parallel.processes import waiting
 
 READERS = min(8, os.cpu_count() or 1)  # threads that read one shard
 BLOCK = 2**20  # elements that are read, checked and converted together
-SHOWN = 2**28  # bytes above which a progress bar is drawn
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
     Args:
         weights: the weights, whose tensors have been checked for shape and type.
         dtype: of the arrays.
-        label: of the progress bar, which a terminal shows for large files.
+        label: what is being read, in words, for those who wait.
 
     Raises:
         FileError: a tensor holds NaN or infinity. The message names it.
@@ -63,10 +60,10 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
     with (
         ThreadPoolExecutor(1) as ahead,
         ThreadPoolExecutor(READERS) as readers,
-        _progress(label, sum(sizes)) as progress,
+        waiting(label) as wait,
     ):
         read = lambda shard: _read(weights[shard.weight], shard, dtype, readers)
-        coming = ahead.submit(read, shards[0])
+        coming, done = ahead.submit(read, shards[0]), 0
         for shard, size, following in zip(shards, sizes, [*shards[1:], None], strict=True):
             values = coming.result()
             if following is not None:
@@ -74,7 +71,8 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
             pieces[shard.weight] += [jax.device_put(values, device) for device in shard.devices]
             jax.block_until_ready(pieces[shard.weight][-len(shard.devices) :])
             del values  # before the shard after the next is read
-            progress(size)
+            done += size
+            wait.at(f"{done / 1e9:.1f} of {sum(sizes) / 1e9:.1f} GB")
     return [
         jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, arrays)
         for weight, arrays in zip(weights, pieces, strict=True)
@@ -116,18 +114,3 @@ def _copy(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
         if not is_finite(block):
             raise tensor.error("holds NaN or infinity")
         out[start : start + rows] = block
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int) -> Iterator:
-    """Shows a progress bar on standard error, if that is a terminal and `total` is large; yields a function that advances it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    shown = total >= SHOWN and console.is_terminal and is_main_process()
-    text = TextColumn("{task.description}", markup=False)
-    with Progress(text, *columns, console=console, transient=True, disable=not shown) as bar:
-        task = bar.add_task(printable(label), total=total)
-        yield lambda size: bar.advance(task, size)

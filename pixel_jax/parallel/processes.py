@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +69,9 @@ def say(text: str) -> None:
         terminal.say(text)
 
 
-def waiting(what: str) -> contextlib.AbstractContextManager[Any]:
+def waiting(what: str) -> terminal.Waiting:
     """Says what the program is doing during the block if that takes a while (`terminal.Waiting`), in the main process only."""
-    return terminal.Waiting(what) if is_main_process() else contextlib.nullcontext()
+    return terminal.Waiting(what, shown=is_main_process())
 
 
 @contextlib.contextmanager

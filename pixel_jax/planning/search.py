@@ -20,6 +20,7 @@ from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import Machine
 from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, bytes_per_device, resident
 from pixel_jax.rollouts.layers import row_cache_bytes
+from pixel_jax.terminal import Waiting
 
 TENSOR = (1, 2, 4, 8)
 HOST = "pinned_host"  # the kind of memory of the host that a device reads
@@ -282,8 +283,10 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
     program = recipe.build(step, mesh)
     began = time.monotonic()
     known = {"topology": machine.name, "step": step, "sharding": sharding}
+    shares = " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1)
     try:
-        memory, text = compile_to_text(program)
+        with Waiting(f"compiling {step} for {machine.name}" + f", {shares}" * bool(shares)):
+            memory, text = compile_to_text(program)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

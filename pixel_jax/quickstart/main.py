@@ -51,14 +51,12 @@ def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str
 
 def main(command: str, arguments: list[str]) -> None:
     """Runs the quickstart."""
-    import dataclasses
-
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
     from pixel_jax.evaluation import report, transcript
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.page import page
-    from pixel_jax.quickstart.pipeline import run_seed, say
+    from pixel_jax.quickstart.pipeline import run_seeds, say
     from pixel_jax.quickstart.summary import summarise
     from pixel_jax.quickstart.task import lesson_of
     from pixel_jax.state_files import write_json
@@ -70,8 +68,8 @@ def main(command: str, arguments: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results, arms, first = {}, lesson_of(config).arms, out / f"seed-{config.seed}"
     metrics: dict[str, Any] = {}
-    for seed in range(config.seed, config.seed + FLAGS.seeds):
-        results[seed] = run_seed(dataclasses.replace(config, seed=seed), out / f"seed-{seed}")
+    for seed, result in run_seeds(config, out, FLAGS.seeds):
+        results[seed] = result
         metrics = summarise(results)  # after each seed, so that first results can be read early
         write_json(out / "metrics.json", metrics)
         traces = [item for name in (*arms, "warm") for item in transcript.load(first / name / "traces.json")]

@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,20 +23,23 @@ from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.parallel import make_mesh
 from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.quickstart.course import Course, parts_of, steps_of
 from pixel_jax.quickstart.network import model_config, new_model
-from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, lesson_of, pick_traces
+from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, lesson_of, look, pick_traces
 from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
-from pixel_jax.training.progress import ProgressLine, announce_compiles, use_compilation_cache
+from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
 from pixel_jax.training.rl import rl
 from pixel_jax.training.sft import sft
 from pixel_jax.training.stages import Stages
-from pixel_jax.training.writers import read_metrics
+from pixel_jax.training.watch import Watch, WatchConfig, read_looks
 
-POLL = 1.0  # seconds between two readings of the arms' progress
+POLL = 1.0  # seconds between two readings of how far the phases are
+MOST_SAID = 4000  # characters of the output of a phase that failed
+JUDGED = ("accuracy", "rapr")  # that a run of reinforcement learning is judged by
 
 
 def say(text: str) -> None:
@@ -71,17 +74,24 @@ def all_devices(rows: int) -> Mesh | None:
     return make_mesh({"data": count}, jax.devices()[:count]) if count > 1 else None
 
 
-def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
+def run_seeds(config: QuickstartConfig, out: pathlib.Path, count: int) -> Iterator[tuple[int, dict]]:
+    """Runs all phases of `count` seeds from `config.seed` on, and yields each seed with its result; one bar shows all."""
+    seeds = range(config.seed, config.seed + count)
+    directories = {seed: out / f"seed-{seed}" for seed in seeds}
+    course = Course({seed: parts_of(config, lesson_of(config), x) for seed, x in directories.items()})
+    for seed, directory in directories.items():
+        yield seed, run_seed(dataclasses.replace(config, seed=seed), directory, course)
+
+
+def run_seed(config: QuickstartConfig, directory: pathlib.Path, course: Course) -> dict:
     """Runs all phases of `config.seed` in `directory`; returns what they measured, and their seconds."""
     directory.mkdir(parents=True, exist_ok=True)
     with hold(directory), contextlib.ExitStack() as stack:
         check_same(config, directory / "config.json")
         elapsed = stack.enter_context(Elapsed(directory / "clock.json"))
-        run_alone(directory, "tuning")
         names = lesson_of(config).arms
-        labels = " and ".join(arm.label for arm in names.values())
-        say(f"[seed {config.seed}] 3/4 reinforcement learning {labels}, and a look at the warm start")
-        run_side_by_side(config, directory)
+        with Phases(config, directory, course) as phases:
+            run_phases(phases, *names)
         arms = {arm: read_json(directory / arm / "result.json") for arm in names}
         seconds = {name: read_json(directory / f"{name}.json")["seconds"] for name in ("ground", "warm")}
         warm_start = read_json(directory / "warm_evaluation.json")
@@ -93,29 +103,11 @@ def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
     return {"sft": warm_start, "rl": arms, "seconds": seconds}
 
 
-def start_phase(directory: pathlib.Path, *arguments: str, **options) -> subprocess.Popen:
-    """Starts `python -m pixel_jax.quickstart.phase`, which ends when this process does."""
-    command = [sys.executable, "-m", "pixel_jax.quickstart.phase", str(directory), *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, **options)
-
-
-def run_alone(directory: pathlib.Path, phase: str) -> None:
-    """Runs a phase on all cores; its output goes to the terminal."""
-    with start_phase(directory, phase) as process:
-        try:
-            code = process.wait()
-        finally:
-            process.terminate()
-    if code:
-        raise RuntimeError(f"the phase {phase} ended with code {code}; what it said is above")
-
-
 def run_tuning(config: QuickstartConfig, directory: pathlib.Path) -> None:
     """Runs phases 1 and 2; writes `ground.json`, `warm.json` and the models."""
     task = Task(config)
 
     def ground() -> dict:
-        say(f"[seed {config.seed}] 1/4 ground and read: {config.ground.steps} steps")
         rows = MemoryBatches(task.ground_rows(), config.ground.batch_size, config.seed)
         model = new_model(model_config(config.network, task.vocabulary), jax.random.key(config.seed))
         mesh = all_devices(config.ground.batch_size)
@@ -125,7 +117,6 @@ def run_tuning(config: QuickstartConfig, directory: pathlib.Path) -> None:
         return {}
 
     def warm() -> dict:
-        say(f"[seed {config.seed}] 2/4 warm start: {config.warm.steps} steps on traces")
         rows = MemoryBatches(task.warm_rows(), config.warm.batch_size, config.seed)
         model, _ = from_pretrained(directory / "ground" / "model")
         mesh = all_devices(config.warm.batch_size)
@@ -187,62 +178,60 @@ def save(task: Task, model, directory: pathlib.Path) -> None:
     write_limits(directory, limits)
 
 
-# ---- the two arms
+# ---- processes
 
 
-def run_side_by_side(config: QuickstartConfig, directory: pathlib.Path) -> None:
-    """Evaluates the warm start, and trains and evaluates both arms, in a process each with its own cores.
+def run_phases(phases: "Phases", first: str, second: str) -> None:
+    """Tunes on all cores; then trains and evaluates both arms side by side, each with its own cores.
 
     The arms run the same programs. The second begins once the first has compiled them; before that its cores evaluate the warm
     start.
     """
-    first, second = lesson_of(config).arms
-    with SideBySide(config, directory) as phases:
-        phases.start(first, core=0)
-        phases.start("judging", core=1)
-        phases.wait(lambda: "judging" not in phases.running and phases.has_compiled(first))
-        phases.start(second, core=1)
-        phases.wait(lambda: not phases.running)
+    phases.start("tuning")
+    phases.wait(lambda: not phases.running)
+    phases.start(first, core=0)
+    phases.start("judging", core=1)
+    phases.wait(lambda: "judging" not in phases.running and phases.has_compiled(first))
+    phases.start(second, core=1)
+    phases.wait(lambda: not phases.running)
 
 
-class SideBySide(contextlib.ExitStack):
-    """Phases that run side by side. None outlives the block; a phase that fails ends it, with its output in the error."""
+class Phases(contextlib.ExitStack):
+    """Phases of a seed, each in its own process. None outlives the block; one that fails ends it: the error has its output."""
 
-    def __init__(self, config: QuickstartConfig, directory: pathlib.Path):
+    def __init__(self, config: QuickstartConfig, directory: pathlib.Path, course: Course):
         super().__init__()
-        self.seed, self.directory = config.seed, directory
+        self.seed, self.directory, self.course = config.seed, directory, course
+        self.arms = lesson_of(config).arms
         self.running: dict[str, subprocess.Popen] = {}
-        self.arms = tuple(lesson_of(config).arms)
-        self.done_before = {arm: len(self.iterations(arm)) for arm in self.arms if read_note(self.result(arm)) is None}
-        self.total = config.rl.iterations * len(self.done_before)
-        self.progress, self.shown = ProgressLine("rl", self.total), None
 
     def result(self, phase: str) -> pathlib.Path:
         """The file with the result of a phase."""
-        return self.directory / ("warm_evaluation.json" if phase == "judging" else f"{phase}/result.json")
+        own = {"tuning": "warm.json", "judging": "warm_evaluation.json"}
+        return self.directory / own.get(phase, f"{phase}/result.json")
 
-    def iterations(self, arm: str) -> list[dict]:
-        """The metrics of the iterations that an arm has done."""
-        return read_metrics(self.directory / arm / "rl" / "metrics.jsonl")
+    def log(self, phase: str) -> pathlib.Path:
+        """The file with the output of a phase."""
+        return self.directory / phase / "log.txt"
 
     def has_compiled(self, arm: str) -> bool:
         """Whether an arm has compiled its programs."""
-        return arm not in self.running or bool(self.iterations(arm))
+        return arm not in self.running or bool(steps_of(self.directory / arm / "rl" / "metrics.jsonl"))
 
-    def start(self, phase: str, core: int) -> None:
-        """Starts a phase unless its result is there. The output of an arm goes to its directory, other output to the terminal."""
+    def start(self, phase: str, core: int | None = None) -> None:
+        """Starts `python -m pixel_jax.quickstart.phase`, which ends when this process does, unless its result is there."""
         if read_note(self.result(phase)) is not None:
             return
-        options = {}
-        if phase in self.arms:
-            (self.directory / phase).mkdir(exist_ok=True)
-            log = self.enter_context((self.directory / phase / "log.txt").open("w"))
-            options = {"stdout": log, "stderr": log}
-        process = self.running[phase] = self.enter_context(start_phase(self.directory, phase, str(core), **options))
+        self.log(phase).parent.mkdir(exist_ok=True)
+        log = self.enter_context(self.log(phase).open("w"))
+        command = [sys.executable, "-m", "pixel_jax.quickstart.phase", str(self.directory), phase]
+        command += [] if core is None else [str(core)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        self.running[phase] = self.enter_context(process)
         self.callback(process.terminate)
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Shows the progress of the arms until `until()`.
+        """Shows how far the seeds are until `until()`.
 
         Raises:
             RuntimeError: a phase failed.
@@ -255,21 +244,18 @@ class SideBySide(contextlib.ExitStack):
                     continue
                 del self.running[phase]
                 if process.returncode:
-                    log = self.directory / phase / "log.txt"
-                    output = f":\n{log.read_text()[-4000:]}" if log.exists() else "; what it said is above"
-                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{output}")
+                    said = self.log(phase).read_text(errors="replace")[-MOST_SAID:]
+                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}:\n{said}")
+        self.show()
 
     def show(self) -> None:
-        """Prints the progress if there is any."""
-        lines = {arm: self.iterations(arm) for arm in self.done_before}
-        done = sum(map(len, lines.values()))
-        if done in (self.shown, sum(self.done_before.values())):
-            return
-        metrics = {f"{arm} {name}": x[-1][name] for arm, x in lines.items() if x for name in ("accuracy", "rapr")}
-        self.progress.update(done, metrics)
-        self.shown = done
-        if done == self.total:
-            say(f"[seed {self.seed}] 4/4 judging both arms")
+        """Shows how far the seeds are: what is compiled or worked on, and the newest numbers of the arms on held-out scenes."""
+        looks = {arm: read_looks(self.directory / arm / "rl") for arm in self.arms}
+        metrics = {f"{arm} {name}": x[-1][f"eval_{name}"] for arm, x in looks.items() if x for name in JUDGED}
+        said = [self.log(phase).read_text(errors="replace").splitlines()[-1:] for phase in self.running]
+        compiling = [line for lines in said for line in lines if line.startswith("compiling")]
+        left = [part.name for part in self.course.seeds[self.seed] if not part.result.exists()]
+        self.course.show(self.seed, ([*compiling, *left] or [""])[0], metrics)
 
 
 def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:
@@ -280,7 +266,15 @@ def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None
     def train() -> dict:
         model, _ = from_pretrained(directory / "warm" / "model")
         stages = Stages(Rewards.of(config.rl.reward, task.decode))
-        model = rl(model, TrainingScenes(task), stages, config.rl, directory=folder / "rl", label=arm)
+        watch = Watch(
+            WatchConfig(),
+            folder / "rl",
+            config.rl.iterations,
+            task.vocabulary,
+            look=lambda state: look(task, state.model, arm.replace("_", " ")),
+            save=lambda state, place: save(task, state.model, place),
+        )
+        model = rl(model, TrainingScenes(task), stages, config.rl, directory=folder / "rl", label=arm, watch=watch)
         save(task, model, folder / "model")
         return {}
 
@@ -293,6 +287,7 @@ def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None
     seconds = once(folder / "trained.json", train)["seconds"]
     judged = once(folder / "evaluation.json", judge)
     names = ("step", "accuracy", "rapr", "reward", "operations", "call_errors", "entropy", "nonzero_variance")
-    curve = [{name: line.get(name) for name in names} for line in read_metrics(folder / "rl" / "metrics.jsonl")]
+    curve = [{name: line.get(name) for name in names} for line in steps_of(folder / "rl" / "metrics.jsonl")]
+    looks = [{"step": x["done"], **{name: x[f"eval_{name}"] for name in JUDGED}} for x in read_looks(folder / "rl")]
     times = {"seconds_training": seconds, "seconds_evaluation": judged.pop("seconds")}
-    write_json(folder / "result.json", {**judged, "curve": curve, **times})
+    write_json(folder / "result.json", {**judged, "curve": curve, "looks": looks, **times})

@@ -28,7 +28,10 @@ def summarise(results: Mapping[int, Mapping]) -> dict:
     gaps = [result["rl"][first]["accuracy"] - result["rl"][second]["accuracy"] for result in every]
     return {
         "sft": means["sft"],
-        "rl": {arm: {**means[arm], "curve": mean_curve([item["curve"] for item in groups[arm]])} for arm in arms},
+        "rl": {
+            arm: {**means[arm], **{x: mean_curve([item[x] for item in groups[arm]]) for x in ("curve", "looks")}}
+            for arm in arms
+        },
         "accuracy_gap": float(np.mean(gaps)),
         "seconds": {name: float(np.mean([r["seconds"][name] for r in every])) for name in every[0]["seconds"]},
         "seeds": list(results),

@@ -12,7 +12,7 @@ import numpy as np
 from pixel_jax.data import synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
-from pixel_jax.evaluation.transcript import make_transcript
+from pixel_jax.evaluation.transcript import Transcript, make_transcript
 from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Lesson, scene_query
@@ -192,6 +192,26 @@ def ask(
     return ScoredScenes(t, texts, right, np.asarray(executed_calls(t)) > 0)
 
 
+def chosen(task: Task, free: ScoredScenes) -> dict[str, np.ndarray]:
+    """What answers to all held-out scenes are judged by, where the policy chose whether to make a call: bool [scenes]."""
+    lesson = task.lesson
+    hard = np.array([lesson.is_hard(scene) for scene in task.held_out])
+    return {
+        "accuracy": free.right,
+        f"accuracy_{lesson.hard}": free.right[hard],
+        f"accuracy_{lesson.easy}": free.right[~hard],
+        "rapr": free.looked,
+        f"rapr_{lesson.hard}": free.looked[hard],
+        f"rapr_{lesson.easy}": free.looked[~hard],
+    }
+
+
+def look(task: Task, model, label: str) -> tuple[dict[str, float], list[Transcript]]:
+    """Measures, while a model is trained, what `evaluate` measures freely at temperature 1, with the same keys."""
+    free = ask(task, model, task.held_out)
+    return {name: float(np.mean(x)) for name, x in chosen(task, free).items()}, pick_traces(task, free, label)
+
+
 def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, ScoredScenes]:
     """Measures rates and accuracies on the held-out scenes, with intervals.
 
@@ -202,22 +222,12 @@ def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: N
         The numbers, and the answers sampled freely at temperature 1.
     """
     scenes, lesson = task.held_out, task.lesson
-    hard = np.array([lesson.is_hard(scene) for scene in scenes])
     few = [scene for scene in scenes if lesson.is_hard(scene)]
     progress("sampled")
     free = ask(task, model, scenes)
     progress("greedy")
     greedy = ask(task, model, scenes, greedy=True)
-    shares = {
-        "accuracy": free.right,
-        f"accuracy_{lesson.hard}": free.right[hard],
-        f"accuracy_{lesson.easy}": free.right[~hard],
-        "rapr": free.looked,
-        f"rapr_{lesson.hard}": free.looked[hard],
-        f"rapr_{lesson.easy}": free.looked[~hard],
-        "greedy_accuracy": greedy.right,
-        "greedy_rapr": greedy.looked,
-    }
+    shares = {**chosen(task, free), "greedy_accuracy": greedy.right, "greedy_rapr": greedy.looked}
     measured = {"operations": float(executed_calls(free.trajectories).mean())}
     if task.config.rl.rollout.max_calls:
         progress("made to look")
@@ -232,7 +242,7 @@ def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: N
 
 
 def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
-    """Transcripts of as many answers as configured, of each kind (with calls or not, right or wrong) in turn."""
+    """Returns transcripts of as many answers as configured, of each kind (with calls or not, right or wrong) in turn."""
     kinds = answers.looked * 2 + answers.right
     queues = [list(np.flatnonzero(kinds == kind)) for kind in (3, 2, 1, 0)]
     picked = []

@@ -16,7 +16,7 @@ from pixel_jax.cli import UserError
 from pixel_jax.serving.http import bracketed, listen, serve_until
 from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.signals import SIGNALS
-from pixel_jax.terminal import say
+from pixel_jax.terminal import Waiting, say
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -91,7 +91,8 @@ def main(command: str, arguments: list[str]) -> None:
         for name, speaker in speakers.items():
             called = stack.enter_context(host_tools(speaker, FLAGS.tools or DEFAULT, workers))
             sessions[name] = Session(speaker, shape_of(speaker), slots=FLAGS.slots, host=called)
-            sessions[name].warm_up()
+            with Waiting(f"preparing {name!r} to answer"):
+                sessions[name].warm_up()
         limit = FLAGS.slots * len(sessions) + FLAGS.queue
         engine = Engine(sessions, limit=limit, budget=FLAGS.budget, metrics=Metrics())
         engine.start()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.terminal import Waiting
 
 if TYPE_CHECKING:
     from pixel_jax.serving.conversation import Speaker
@@ -57,7 +58,8 @@ def load_speaker(
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 
     allowed = find_tools(tools or DEFAULT)
-    model, processor = from_pretrained(pathlib.Path(directory), adapter=adapter)
+    with Waiting(f"reading {os.fspath(directory)}"):
+        model, processor = from_pretrained(pathlib.Path(directory), adapter=adapter)
     if processor is None:
         raise UserError(
             f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"

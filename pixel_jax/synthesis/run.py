@@ -31,7 +31,7 @@ from pixel_jax.state_files import LineLog, read_json_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import EndpointWriter, Templates
-from pixel_jax.terminal import print_table, say, table
+from pixel_jax.terminal import Waiting, print_table, say, table
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.progress import ProgressLine
@@ -86,7 +86,8 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
     language = language_of(config)
     if others := [tool.name for tool in language.tools if tool not in RELEASED]:
         say(f"No traces are synthesized that call {', '.join(others)}: those are written by hand.")
-    seeds = read_seeds(config.seeds, config.image_folders)
+    with Waiting("reading the seeds"):
+        seeds = read_seeds(config.seeds, config.image_folders)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
@@ -142,7 +143,7 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     sampling = {name: settings.pop(name) for name in ("temperature", "max_tokens")}
     settings["endpoint"] = config.endpoint and {"model": config.endpoint.model, **sampling}
     settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
-    with Digests(out / "digests.json") as digests:
+    with Waiting("making digests of the pictures"), Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: SeedOutcome(None, reason, {}) for i, reason in impossible.items()}
     outcomes_before = _read_outcomes(out / "outcomes.jsonl")
@@ -163,7 +164,7 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         failed = _work([i for i in kinds if i not in outcomes], seeds, one, keep, workers)
     # Failures are not recorded, so that another run tries again.
     outcomes |= {i: SeedOutcome(None, why, {}) for i, why in failed.items()}
-    with Digests(out / "digests.json") as digests:
+    with Waiting("writing the traces and their pictures"), Digests(out / "digests.json") as digests:
         rows = [
             row | {"images": [put_beside(path, out, digests) for path in seed.images]}
             for i, seed in enumerate(seeds)
@@ -211,14 +212,16 @@ def _work(
     failed: dict[int, str] = {}
     running: dict[Future, int] = {}
     waiting = iter(todo)
-    with ThreadPoolExecutor(workers) as pool:
+    with Waiting(f"the first of {len(todo)} seeds") as first, ThreadPoolExecutor(workers) as pool:
         while True:
             # No more seeds are submitted than there are workers: an interruption waits for all that were submitted.
             while len(running) < workers and (i := next(waiting, None)) is not None:
                 running[pool.submit(one, i)] = i
             if not running:
                 return failed
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
+            ended = wait(running, return_when=FIRST_COMPLETED).done
+            first.end()
+            for future in ended:
                 i = running.pop(future)
                 error = future.exception()
                 if error is not None:

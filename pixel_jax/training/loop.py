@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.identity import RunError, settle
 from pixel_jax.parallel.processes import is_main_process, say
-from pixel_jax.terminal import warn
+from pixel_jax.terminal import Waiting, warn
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored, fingerprint
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import ProgressLine
@@ -129,7 +129,7 @@ class Loop:
         self.work, self.state, self.watch = work, state, watch
         self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
-        self.done = 0
+        self.done, self.stepped = 0, False
         self.stopped = False  # whether the current step was abandoned because the run is to stop
         self.before: dict[str, Any] = {}  # the states of `work.host` before the current step
         self.progress = ProgressLine(work.label, work.steps) if is_main_process() else None
@@ -188,8 +188,11 @@ class Loop:
         `NOTICE.next`). It then has no metrics, and the state before it is saved.
         """
         self.before = _states(self.work.host)
+        first = self.progress is not None and not self.stepped
         try:
-            self.state, metrics = self.work.step(self.state, self.done)
+            with Waiting(f"{self.work.label}: the first step", shown=first):
+                self.state, metrics = self.work.step(self.state, self.done)
+                self.stepped = True
         except Preempted:
             if self.checkpoints is None:
                 raise

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-# What programs are called when they are compiled; others by the name of their function.
+# What programs are called when they are compiled, by the names of their functions.
 PROGRAMS: Mapping[str, str] = {
     "compiled_rollout": "the rollout",
     "rl_step": "the training step (rl)",
@@ -25,7 +26,10 @@ PROGRAMS: Mapping[str, str] = {
     "score_step": "the scoring of answers",
     "_cut_patches": "the cutting of pictures",
     "_respond": "the answers of tools",
+    "start": "the beginning of answers",
+    "admit": "the reading of questions",
     "_advanced": "the writing of answers",
+    "finish": "the reading of answers",
     "new_model": "the new model",
 }
 WORTH_NOTING = 1.0  # seconds; what compiles faster is not noted
@@ -44,17 +48,20 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
     waiting: dict[str, Waiting] = {}
 
     def listen(event: str, duration_secs: float, **details: str | int) -> None:
-        name = str(details.get("fun_name", "a program"))
+        name = re.sub(r"^p?jit\((.*)\)$", r"\1", str(details.get("fun_name", "without a name")))
         if event == LOWERED and duration_secs >= minimum and name not in waiting:
-            called = f"compiling {PROGRAMS.get(name, name)}"
-            waiting[name] = Waiting(called, about=_seconds.get(name), after=0.0, stream=stream)
+            waiting[name] = Waiting(f"compiling {_called(name)}", about=_seconds.get(name), after=0.0, stream=stream)
         elif event == COMPILED and name in waiting:
             waiting.pop(name).end()
-            progress(f"compiled {PROGRAMS.get(name, name)} in {duration_secs:.1f} s", stream)
+            progress(f"compiled {_called(name)} in {duration_secs:.1f} s", stream)
             _note_seconds(name, duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def _called(name: str) -> str:
+    return PROGRAMS.get(name, f"a program ({name})")
 
 
 def _note_seconds(name: str, seconds: float) -> None:

@@ -203,7 +203,7 @@ def thin(folder: pathlib.Path, most: int) -> None:
     """Deletes numbered files until `most` are left: the newest, and others at multiples of a power of two."""
     files = numbered(folder)
     stride = 1
-    remaining = files
+    remaining = files if most > 1 else files[-1:]
     while len(remaining) > most:
         stride *= 2
         remaining = [path for path in files if int(path.stem) % stride == 0 or path == files[-1]]

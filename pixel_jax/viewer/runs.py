@@ -359,7 +359,7 @@ class TrainingRun:
 
 
 def _when(unit: str, path: pathlib.Path) -> str:
-    return f"after {unit} {int(path.stem)}" if int(path.stem) else "before the first"
+    return f"after {unit} {int(path.stem)}" if int(path.stem) else f"before the first {unit}"
 
 
 class Evaluation:

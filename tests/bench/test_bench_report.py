@@ -1,5 +1,6 @@
 """What the bench says of its aims and of how far it is."""
 
+import io
 import types
 
 import numpy as np
@@ -9,6 +10,7 @@ from pixel_jax.bench import report
 from pixel_jax.bench.machine import MachineSpeed
 from pixel_jax.bench.report import _remarks, case_record, case_table
 from pixel_jax.bench.timing import Aim, Timing, Workload, measure
+from pixel_jax.terminal import Waiting
 
 MACHINE = MachineSpeed(**{name: 1 for name in MachineSpeed.__dataclass_fields__})
 
@@ -51,15 +53,21 @@ def test_how_far_it_is_is_said_before_each_case(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_long_case_says_what_it_does(monkeypatch, capsys):
+def test_a_long_case_says_what_it_does():
     """And a short one nothing, for every round would be a line."""
     runs = {"ours": lambda: lambda: np.zeros(3), "theirs": lambda: lambda: np.zeros(3)}
     work = Workload("shapes", runs, lambda found: None)
-    measure(work, least=2, most=2, note=report.Seldom())
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(report, "SILENCE", 0.0)
-    measure(work, least=2, most=2, note=report.Seldom())
-    said = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert said[:2] == ["first call, 1 of 2: ours", "first call, 2 of 2: theirs"]
+
+    def said(**when):
+        with Waiting("a case", stream=(log := io.StringIO()), **when) as wait:
+            measure(work, least=2, most=2, note=wait.at)
+        return log.getvalue().splitlines()
+
+    assert said(after=60.0) == []
+    lines = said(after=0.0, every=0.0)
+    assert lines[0] == "a case ..."
+    assert lines[1:3] == ["a case: first call, 1 of 2: ours ...", "a case: first call, 2 of 2: theirs ..."]
     rounds = [(1, "ours"), (1, "theirs"), (2, "theirs"), (2, "ours")]
-    assert [(line.split()[1], line.split(": ")[-1]) for line in said[2:]] == [(str(n), name) for n, name in rounds]
+    assert [(x.split()[3], x.removesuffix(" ...").split(": ")[-1]) for x in lines[3:]] == [
+        (str(n), y) for n, y in rounds
+    ]

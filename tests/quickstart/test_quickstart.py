@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 
 import numpy as np
@@ -20,12 +21,13 @@ from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.quickstart import miniature, pipeline, vocabulary, zoom
 from pixel_jax.quickstart.config import HeldOutConfig, QuickstartConfig, WarmStartConfig
+from pixel_jax.quickstart.course import Course, parts_of, steps_of
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.main import chat_command, write_card
 from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.network import NetworkConfig
-from pixel_jax.quickstart.page import page, smooth
-from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
+from pixel_jax.quickstart.page import page
+from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_seeds, run_tuning
 from pixel_jax.quickstart.summary import summarise
 from pixel_jax.quickstart.task import lesson_of
 from pixel_jax.rollouts.config import RolloutConfig
@@ -98,6 +100,7 @@ SMALLEST = QuickstartConfig(
 
 
 ARMS = tuple(lesson_of(SMALLEST).arms)
+course_of = lambda directory: Course({0: parts_of(SMALLEST, lesson_of(SMALLEST), directory)})
 LABELS = [arm.label for arm in lesson_of(SMALLEST).arms.values()]
 
 
@@ -216,8 +219,90 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     with pytest.raises(
         ValueError, match="seed-0 was begun with evaluation.scenes = 6, now it is 7, .* choose another --out"
     ):
-        run_seed(other, path.parent)
+        run_seed(other, path.parent, course_of(path.parent))
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["config.json"]
+
+
+# ---- progress
+
+
+def test_one_bar_shows_all_seeds(tmp_path, capsys):
+    """With the time that is left, and what is done; metrics of held-out scenes are no steps."""
+    seeds = {seed: parts_of(SMALLEST, lesson_of(SMALLEST), tmp_path / str(seed)) for seed in (3, 4)}
+    course = Course(seeds)
+    course.line.every = 0.0
+    course.show(3, "warm start", {})
+    parts = {part.name: part for part in seeds[3]}
+    tuned, learned = parts["ground and read"], parts["learning with curiosity"]
+    tuned.log.parent.mkdir(parents=True)
+    tuned.log.write_text('{"step": 0, "loss": 1.0}\n')
+    course.show(3, "ground and read", {})
+    for part in seeds[3]:
+        part.result.parent.mkdir(parents=True, exist_ok=True)
+        part.result.write_text("{}")
+    learned.result.unlink()
+    learned.log.parent.mkdir(parents=True)
+    learned.log.write_text('{"step": -1, "eval_rapr": 0.5}\n{"step": 0, "reward": 1.0}\n')
+    course.show(4, "compiling the rollout ...", {"curiosity rapr": 0.5})
+    learned.result.write_text("{}")
+    for part in seeds[4]:
+        part.result.parent.mkdir(parents=True, exist_ok=True)
+        part.result.write_text("{}")
+    course.show(4, "", {})
+    course.show(4, "", {})  # the end is said once
+    nothing, one, most, all_done = capsys.readouterr().err.splitlines()
+    total = 2 * (4 + 4 * 4 + 3 * 60)  # of each seed: steps of tuning, iterations of both arms, three evaluations
+    assert nothing == f"quickstart 0/{total}  ? left  seed 1 of 2, warm start  "
+    assert one.startswith(f"quickstart 1/{total}  ") and "? left" not in one
+    assert all_done.startswith(f"quickstart {total}/{total}  0:00 left  seed 2 of 2")
+    assert most.startswith(f"quickstart {total // 2 - 4}/{total}  0:0")
+    assert most.endswith(" left  seed 2 of 2, compiling the rollout ...  curiosity rapr 0.5")
+
+
+PHASE = """#!/bin/bash
+# Stands for the interpreter that runs `-m pixel_jax.quickstart.phase DIRECTORY PHASE [CORE]`.
+cd "$3" && echo "$4 $5" >> order.txt && echo "compiling nothing ..."
+[ "$4" = "$FAILING" ] && echo "it has failed" >&2 && exit 3
+timed='{"seconds": 1.0}'
+case $4 in
+tuning) echo "$timed" > ground.json && echo "$timed" > warm.json ;;
+judging) echo '{"accuracy": 0.25, "seconds": 1.0}' > warm_evaluation.json ;;
+*)
+    mkdir -p "$4/rl"
+    echo '{"step": 0, "reward": 1.0}' > "$4/rl/metrics.jsonl"
+    echo '{"done": 1, "eval_accuracy": 0.5, "eval_rapr": 0.75}' > "$4/rl/looks.jsonl"
+    sleep 0.5
+    echo "$timed" > "$4/trained.json" && echo "$timed" > "$4/evaluation.json"
+    echo '{"accuracy": 0.5, "seconds_training": 1.0, "seconds_evaluation": 1.0}' > "$4/result.json"
+    ;;
+esac
+"""
+
+
+def test_the_phases_of_all_seeds_and_their_bar(tmp_path, monkeypatch, capsys):
+    interpreter = tmp_path / "python"
+    interpreter.write_text(PHASE)
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(pipeline.sys, "executable", str(interpreter))
+    monkeypatch.setattr(pipeline, "POLL", 0.05)
+    monkeypatch.setenv("FAILING", "no_curiosity")
+    with pytest.raises(
+        RuntimeError, match="the phase no_curiosity ended with code 3:\ncompiling nothing ...\nit has failed"
+    ):
+        list(run_seeds(SMALLEST, tmp_path, 2))
+    monkeypatch.setenv("FAILING", "")
+    capsys.readouterr()
+    found = dict(run_seeds(SMALLEST, tmp_path, 2))
+    assert list(found) == [0, 1] and found[1]["rl"]["no_curiosity"] == {"accuracy": 0.5}
+    assert found[0]["sft"] == {"accuracy": 0.25} and found[0]["seconds"]["rl_curiosity"] == 1.0
+    first, second = ((tmp_path / f"seed-{seed}" / "order.txt").read_text().splitlines() for seed in (0, 1))
+    assert first[-1] == "no_curiosity 1" and first.count("tuning ") == 1  # what was done is not done again
+    assert second[0] == "tuning " and sorted(second[1:3]) == ["curiosity 0", "judging 1"]
+    assert second[3:] == ["no_curiosity 1"]
+    said = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"quickstart \d+/400  .* left  seed [12] of 2, ", line) for line in said)
+    assert said[-1].startswith("quickstart 400/400  0:00 left  seed 2 of 2") and len(said) == len(set(said))
+    assert "curiosity accuracy 0.5  curiosity rapr 0.75" in said[-1]
 
 
 # ---- summary and page
@@ -242,7 +327,10 @@ def result(shift, points=12):
     ]
     return {
         "sft": group(0.25),
-        "rl": {"curiosity": group(0.75, curve=curve(0.5)), "no_curiosity": group(0.5 - shift, curve=curve(0.25))},
+        "rl": {
+            "curiosity": group(0.75, curve=curve(0.5), looks=curve(0.5)),
+            "no_curiosity": group(0.5 - shift, curve=curve(0.25), looks=curve(0.25)),
+        },
         "seconds": {"ground": 10.0 + shift, "total": 100.0},
     }
 
@@ -271,12 +359,6 @@ def test_one_seed_has_no_interval_over_seeds():
     assert found["intervals_over_seeds"] is None and found["sft"]["accuracy"] == 0.25
 
 
-def test_curves_are_smoothed_without_shift():
-    line = [(float(x), 2.0 * x) for x in range(20)]
-    np.testing.assert_allclose(smooth(line)[4:-4], line[4:-4])
-    np.testing.assert_allclose(smooth(line)[0], (0.0, 4.0))  # of the five points there are
-
-
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
 def test_the_page_shows_both_arms_and_escapes_everything(seeds):
     results = {seed: result(seed / 8) for seed in seeds}
@@ -300,6 +382,7 @@ def test_the_page_shows_both_arms_and_escapes_everything(seeds):
         assert "0.81 [0.02, 1.00]" in texts and "Student" in texts and "accuracy: 0.312 [-0.482, 1.107]." in texts
     assert "total, by the clock" in texts and "add up to 4" in texts  # 10 and 31, of which neither is the total
     assert texts.count("at temperature 1.7, and at 2 after the first call") == 2  # beside the curves, too
+    assert "sampled at temperature 1, means over seeds: the last point is the number of the table" in texts
     embedded = json.loads(html.split('id="metrics">', 1)[1].split("</script>", 1)[0])
     assert embedded["seeds"] == list(seeds) and "per_seed" not in embedded
 
@@ -363,7 +446,7 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
     whole = tmp_path / "whole" / "seed-0"
     whole.mkdir(parents=True)
     run_tuning(SMALLEST, whole)  # in this process, as below: the last bits hang on how many threads there are
-    found = run_seed(SMALLEST, whole)
+    found = run_seed(SMALLEST, whole, course_of(whole))
     for name in ("warm", *ARMS):
         place = whole / name
         assert len(saved_traces.load(place / "traces.json")) == 2
@@ -375,6 +458,10 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
         assert 0 <= group["accuracy"] <= 1 and group["intervals"]["accuracy"]["n"] == 6
     for arm in ARMS:
         assert [point["step"] for point in found["rl"][arm]["curve"]] == [0, 1]
+        looks = found["rl"][arm]["looks"]
+        assert [point["step"] for point in looks] == [0, 1, 2]
+        for name in ("accuracy", "rapr"):  # the curve begins and ends at the numbers of the table
+            assert looks[0][name] == found["sft"][name] and looks[-1][name] == found["rl"][arm][name]
     html = page(SMALLEST, summarise({0: found}), saved_traces.load(whole / "curiosity" / "traces.json"))
     assert all(name in html for name in LABELS)
 
@@ -409,17 +496,16 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
     interrupted(run_tuning, pipeline, "save", stop_at_warm)
     assert (directory / "ground.json").exists() and not (directory / "warm.json").exists()
 
-    reading = pipeline.read_metrics
-
     def stop_after_an_iteration(path):
-        if reading(path):
+        if steps := steps_of(path):
             raise Interrupted
-        return reading(path)
+        return steps
 
-    interrupted(run_seed, pipeline, "read_metrics", stop_after_an_iteration)
+    seed = lambda config, directory: run_seed(config, directory, course_of(directory))
+    interrupted(seed, pipeline, "steps_of", stop_after_an_iteration)
     assert not all((directory / arm / "result.json").exists() for arm in ARMS)
 
-    assert numbers(run_seed(SMALLEST, directory)) == numbers(found)
+    assert numbers(seed(SMALLEST, directory)) == numbers(found)
     models, pieces = (
         [(path / name / "model" / "model.safetensors").read_bytes() for name in ("ground", "warm", *ARMS)]
         for path in (whole, directory)

@@ -16,6 +16,7 @@ from pixel_jax.evaluation import transcript
 from pixel_jax.models.preprocessors import FrameSampling
 from pixel_jax.pictures import ImageError
 from pixel_jax.serving.session import Session
+from pixel_jax.terminal import QUIET
 from tests.data import ffmpeg
 from tests.rollouts import scripted_model
 from tests.serving.conftest import alone
@@ -29,6 +30,14 @@ def talk(speaker):
 
 def said_by(stream, who):
     return [line[11:] for line in stream.getvalue().splitlines() if line[:9].strip() == who]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Else a slow machine would say what it waits for among what is expected."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(QUIET, "1")
+        yield
 
 
 def test_a_conversation(speaker, talk, monkeypatch):

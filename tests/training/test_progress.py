@@ -95,7 +95,8 @@ def test_compilations_are_announced_before_they_end():
 
     a_peculiar_function(jnp.ones(3))
     lines = [line for line in stream.getvalue().splitlines() if "a_peculiar_function" in line]
-    assert lines[0].startswith("compiling ") and lines[1].startswith("compiled ") and lines[1].endswith(" s")
+    assert lines[0] == "compiling a program (a_peculiar_function) ..."
+    assert lines[1].startswith("compiled a program (a_peculiar_function) in ") and lines[1].endswith(" s")
     stop()
     jax.jit(lambda x: a_peculiar_function(x) * 2)(jnp.ones(4))
     assert len([line for line in stream.getvalue().splitlines() if "a_peculiar_function" in line]) == len(lines)
@@ -108,8 +109,9 @@ def test_compiling_says_what_it_is_and_how_long_it_took_the_last_time(tmp_path, 
     stop = announce_compiles(stream=stream)
     try:
         for seconds in (20.0, 0.3):  # the second was only read from the cache
-            jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="compiled_rollout")
-            jax.monitoring.record_event_duration_secs(COMPILED, seconds, fun_name="compiled_rollout")
+            # jax names programs so, whatever their functions are called.
+            jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="jit(compiled_rollout)")
+            jax.monitoring.record_event_duration_secs(COMPILED, seconds, fun_name="jit(compiled_rollout)")
         jax.monitoring.record_event_duration_secs(LOWERED, 1.0, fun_name="compiled_rollout")
     finally:
         stop()

@@ -165,3 +165,11 @@ def test_files_are_thinned_evenly(step, tmp_path):
         assert len(kept) <= 8 and kept[-1] == number and kept[0] == 0
     gaps = np.diff(kept)[:-1]
     assert len(set(gaps)) == 1 and len(kept) >= 4
+
+
+@pytest.mark.parametrize("most, left", [(1, [9]), (2, [0, 9]), (3, [0, 8, 9]), (99, list(range(10)))])
+def test_the_newest_file_stays_and_the_others_are_spread(tmp_path, most, left):
+    for number in range(10):
+        (tmp_path / f"{number:06}.json").write_text("[]")
+    thin(tmp_path, most)
+    assert [int(path.stem) for path in numbered(tmp_path)] == left

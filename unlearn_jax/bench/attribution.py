@@ -29,7 +29,7 @@ from jax.flatten_util import ravel_pytree
 
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
-from pixel_jax.terminal import say
+from pixel_jax.terminal import Waiting, say
 from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
@@ -163,7 +163,8 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
         begun, removed = time.perf_counter(), subset(setting, len(items), number)
         missing = [name for name in predictions if len(computed.setdefault(name, [])) <= number]
         for name in missing:
-            computed[name].append(predictions[name](removed))
+            with Waiting(f"subset {number + 1} of {setting.subsets}: {name}"):
+                computed[name].append(predictions[name](removed))
         if missing:
             write_json(path, result)
             say(f"subset {number + 1} of {setting.subsets}, {time.perf_counter() - begun:.0f} s: {', '.join(missing)}")

@@ -11,6 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from pixel_jax.state_files import write_json
+from pixel_jax.terminal import Waiting, say
 from unlearn_jax.baselines import converge
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Remove, apply
@@ -38,11 +39,13 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     data = Dataset.of(_written(base, size, count))
     fresh = small_transformer.init_adapter(jax.random.key(2), size)
     objective = lambda data: dataset_objective(loss, fresh, data, weight_decay=WEIGHT_DECAY, micro_batch=500)
-    trained, norm = converge(objective(data), fresh, tolerance=1e-5, max_steps=STEPS)
+    with Waiting("training to convergence"):
+        trained, norm = converge(objective(data), fresh, tolerance=1e-5, max_steps=STEPS)
     removed = np.arange(round(SHARE * count))
     edits = [Remove(removed)]
     after = apply(data, edits)
-    warm, warm_norm = converge(objective(after), trained.adapter, tolerance=1e-5, max_steps=STEPS)
+    with Waiting("a warm retrain"):
+        warm, warm_norm = converge(objective(after), trained.adapter, tolerance=1e-5, max_steps=STEPS)
     sets = {"forget": data.select(removed).take(), "retain": after.select(np.arange(min(1000, len(after)))).take()}
 
     def kl(adapter):
@@ -55,10 +58,11 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     rows = [{"budget": 0.0, "epochs": 0.0, **kl(trained.adapter)}]
     for budget in budgets:
         config = {"weight_decay": WEIGHT_DECAY, "micro_batch": 500, "epochs": budget}
-        erasure = erase(loss, trained.adapter, data, edits, config)
+        with Waiting(f"an edit of {budget:g} epochs"):
+            erasure = erase(loss, trained.adapter, data, edits, config)
         spent = {"budget": budget, "epochs": erasure.report.epochs, "seconds": erasure.report.seconds}
         rows.append({**spent, **kl(erasure.adapter)})
-        print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
+        say("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()))
     result = {
         "examples": count,
         "removed": len(removed),

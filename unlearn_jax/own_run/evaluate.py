@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
-from pixel_jax.parallel.processes import is_main_process, say
+from pixel_jax.parallel.processes import is_main_process, say, waiting
 from pixel_jax.state_files import write_json
 from unlearn_jax import tree
 from unlearn_jax.own_run.config import RunEditConfig
@@ -38,9 +38,9 @@ def evaluate(config: RunEditConfig, mesh: Mesh | None = None) -> dict[str, Any]:
     if not state.entries:
         raise UserError(f"{task.directory} has no request: `unlearn-jax erase --run={config.run} --request=FILE` first")
     change = Change.of(state.first, state.items, task.encode, "answer")  # as one edit, of whatever kinds
-    replayed = task.retrain(
-        {**state.first, **state.items}, np.array([float(name in state.items) for name in state.first])
-    )
+    kept = np.array([float(name in state.items) for name in state.first])
+    with waiting("repeating the run"):
+        replayed = task.retrain({**state.first, **state.items}, kept)
     adapters = {
         "before": task.load(task.directory / ADAPTER),
         "after all requests": task.load(state.adapter_path(task.directory)),
@@ -49,7 +49,8 @@ def evaluate(config: RunEditConfig, mesh: Mesh | None = None) -> dict[str, Any]:
     losses = Losses(task.loss, task.like, change, micro_batch=task.erasure.micro_batch, mesh=task.mesh)
     results = {}
     for name, adapter in adapters.items():
-        per_example = losses(adapter)
+        with waiting(f"losses {name}"):
+            per_example = losses(adapter)
         groups = {f"loss, {group}": float(per_example[index].mean()) for group, index in change.groups().items()}
         results[name] = {**groups, "distance": float(tree.norm(tree.sub(adapter, replayed.adapter)))}
     if is_main_process():

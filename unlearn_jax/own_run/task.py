@@ -31,7 +31,7 @@ from pixel_jax.models.lora import combine, split
 from pixel_jax.models.model import Model
 from pixel_jax.models.peft import FOLDER, load_adapter, save_adapter
 from pixel_jax.parallel import make_mesh, process_shard
-from pixel_jax.parallel.processes import is_main_process
+from pixel_jax.parallel.processes import is_main_process, waiting
 from pixel_jax.phases import read_model
 from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
@@ -96,16 +96,17 @@ class RunTask:
         tools, calls = find_tools(trained.tools), find_format(trained.rollout.call_format)
         trained = trained.for_model(read_network(trained.model))
         adapter = run / "model" / FOLDER
-        data, _ = read_examples(
-            trained.data,
-            turns=True,
-            drop=trained.bad_rows == "drop",
-            image_folders=trained.image_folders,
-            columns=trained.columns,
-            language=Language(tools, calls),
-            pictures=trained.rollout.max_images > 0,
-        )
-        with Digests(run / "digests.json") as digests:
+        with waiting("reading the data"):
+            data, _ = read_examples(
+                trained.data,
+                turns=True,
+                drop=trained.bad_rows == "drop",
+                image_folders=trained.image_folders,
+                columns=trained.columns,
+                language=Language(tools, calls),
+                pictures=trained.rollout.max_images > 0,
+            )
+        with waiting("making digests of the run's files"), Digests(run / "digests.json") as digests:
             check_files(run, record, trained.model, adapter, digests)
             in_order = matched(run, record, data, digests)
         pathlib.Path(config.out).mkdir(exist_ok=True)

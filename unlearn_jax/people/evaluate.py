@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
 from pixel_jax.files import read_json
-from pixel_jax.parallel.processes import is_main_process, say
+from pixel_jax.parallel.processes import is_main_process, say, waiting
 from pixel_jax.state_files import write_json
 from unlearn_jax import baselines
 from unlearn_jax.arrays import Params
@@ -209,14 +209,20 @@ def evaluate(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, dict[s
     spent = sum(report["example_gradients"] for report in reports)
     adapters = {"before": trained, "edited": edited, "retrained": retrained.adapter}
     costs = {"before": 0.0, "edited": spent, "retrained": retrained.gradients}
-    rows = {name: {"gradients": costs[name], **scorer(Subject(x))} for name, x in adapters.items()}
+    rows: dict[str, dict[str, float]] = {}
+    for name, adapter in adapters.items():
+        with waiting(f"scoring the adapter {name}"):
+            rows[name] = {"gradients": costs[name], **scorer(Subject(adapter))}
     for name in config.evaluation.baselines if spent else ():
-        if tried := _baseline(name, scorer, state, trained, spent):
+        with waiting(f"the baseline {name}, at as many gradients as the edits took"):
+            tried = _baseline(name, scorer, state, trained, spent)
+        if tried:
             rows[name] = min(tried, key=lambda row: row["kl_forget"] + row["kl_retain"])
     for name, adapter in adapters.items():
-        rows[f"{name}, int4"] = scorer(Subject(silent(adapter), int4(merged(task.model.base, adapter))))
-        if relearned := relearn(task, adapter):
-            rows[f"{name}, relearned"] = scorer(Subject(relearned))
+        with waiting(f"scoring the adapter {name}, rounded to 4 bits and relearned"):
+            rows[f"{name}, int4"] = scorer(Subject(silent(adapter), int4(merged(task.model.base, adapter))))
+            if relearned := relearn(task, adapter):
+                rows[f"{name}, relearned"] = scorer(Subject(relearned))
     if is_main_process():
         write_json(config.directory / EVALUATION, rows)
     say("\n" + table(rows) + "\n")

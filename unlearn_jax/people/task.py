@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 
 from pixel_jax.cli import UserError
 from pixel_jax.files import write_file
-from pixel_jax.parallel.processes import is_main_process
+from pixel_jax.parallel.processes import is_main_process, waiting
 from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
@@ -70,7 +70,9 @@ class PeopleTask:
         # If the corpus has no known rows, the base model is trained on the rows that no set forgets.
         known = known or [row for name, row in corpus.train.items() if name not in forgotten]
         config.directory.mkdir(parents=True, exist_ok=True)
-        return cls(config, corpus, PeopleModel.of(config.network, words, known, config.seed), mesh)
+        with waiting("training the base model"):
+            model = PeopleModel.of(config.network, words, known, config.seed)
+        return cls(config, corpus, model, mesh)
 
     @property
     def directory(self) -> pathlib.Path:

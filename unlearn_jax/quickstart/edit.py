@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
-from pixel_jax.parallel.processes import say
+from pixel_jax.parallel.processes import say, waiting
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.quickstart.adapter_run import AdapterRun
 from unlearn_jax.quickstart.config import Config
@@ -23,7 +23,8 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     refuse_another_training(config.directory, config.trained())
     run = AdapterRun.of(config, mesh)
     task = TraceTask(run)
-    dataset = Dataset.of(task.encode(task.items()))
+    with waiting("writing the traces as tokens"):
+        dataset = Dataset.of(task.encode(task.items()))
     size = sum(x.size for x in run.fresh.values())
     say(f"{len(dataset)} traces, an adapter of {size} numbers; at most {config.training.max_steps} steps of L-BFGS")
     begun = time.perf_counter()

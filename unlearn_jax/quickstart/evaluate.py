@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
 from pixel_jax.files import read_json
-from pixel_jax.parallel.processes import say
+from pixel_jax.parallel.processes import say, waiting
 from unlearn_jax import baselines
 from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training, converge
@@ -50,7 +50,8 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     begun = time.perf_counter()
     objective = run.objective(apply(change.dataset, change.edits, run.loss))
     limits = {"tolerance": config.training.tolerance, "max_steps": config.training.max_steps}
-    warm, norm = converge(objective, trained, **limits)
+    with waiting("a warm retrain, for comparison"):
+        warm, norm = converge(objective, trained, **limits)
     seconds = time.perf_counter() - begun
     run.save(task.directory / WARM, warm.adapter)
     say(f"warm retrain: {len(warm.values)} steps, gradient {norm:.1e}, {seconds:.0f} s")
@@ -72,15 +73,17 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
             "losses": measure.losses(adapter),
         }
 
-    rows = {
-        "before": numbers(trained, 0.0, 0.0),
-        "edited": numbers(edited, report["example_gradients"], report["seconds"]),
-    }
+    with waiting("scoring the adapters"):
+        rows = {
+            "before": numbers(trained, 0.0, 0.0),
+            "edited": numbers(edited, report["example_gradients"], report["seconds"]),
+        }
     for name in config.evaluation.baselines:
-        tried = [
-            {**numbers(adapter, gradients, seconds), **settings}
-            for adapter, gradients, seconds, settings in _baseline(name, run, change, objective, trained, report)
-        ]
+        with waiting(f"the baseline {name}, at as many gradients as the edits took"):
+            tried = [
+                {**numbers(adapter, gradients, seconds), **settings}
+                for adapter, gradients, seconds, settings in _baseline(name, run, change, objective, trained, report)
+            ]
         if tried:
             rows[name] = min(tried, key=lambda row: row["kl_forget"] + row["kl_retain"])
     rows["warm retrain"] = numbers(warm.adapter, warm.gradients, seconds)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from pixel_jax.files import read_bytes, read_json, write_file
-from pixel_jax.parallel.processes import barrier, is_main_process, say
+from pixel_jax.parallel.processes import barrier, is_main_process, say, waiting
 from pixel_jax.state_files import to_json
 from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
@@ -105,10 +105,13 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
         LogError: the log was changed.
         OSError: a file cannot be written. The log and the adapter are as they were before the current request.
     """
-    state = State.of(task)
+    with waiting("reading the log and the examples"):
+        state = State.of(task)
     added: list[LogEntry] = []
     for request in list(_pending(task, state, requests)):
-        number, items = len(state.entries) + 1, _carry_out_one(task, state, request, show_content)
+        number = len(state.entries) + 1
+        with waiting(f"request {number}: {request.kind} {len(request.ids)} examples"):
+            items = _carry_out_one(task, state, request, show_content)
         if jax.process_count() > 1:
             barrier(f"request {number} is in the log")
         # The main process has written the line; all processes read it.
@@ -289,7 +292,8 @@ def _escalated(
     """Replays the training; `edit` is the report of an edit that was not accepted, `spent` its cost."""
     say(f"not applied: {refused}. The training is repeated without what was edited so far")
     weights = np.array([float(name in after) for name in state.first])
-    replayed = task.retrain({**state.first, **after}, weights)
+    with waiting("repeating the training"):
+        replayed = task.retrain({**state.first, **after}, weights)
     replay = {"since": replayed.since, "example_gradients": replayed.gradients}
     why = f"{refused}; retrained from {replayed.since}"
     return _Result("escalated", why, replayed.adapter, edit, replay, spent + replayed.gradients)

@@ -22,12 +22,13 @@ def define_flags(command: str) -> None:
 def main(command: str, arguments: list[str]) -> None:
     """Prints the entry of every request, and ends with an error if anything was changed."""
     from pixel_jax.cli import UserError
-    from pixel_jax.terminal import say
+    from pixel_jax.terminal import Waiting, say
     from unlearn_jax.requests.log import last_hash, verify
 
     if len(arguments) != 1:
         raise UserError("give one log: unlearn-jax verify runs/unlearn/requests.log.jsonl")
-    entries, faults = verify(pathlib.Path(arguments[0]), FLAGS.last)
+    with Waiting("making digests of the files"):
+        entries, faults = verify(pathlib.Path(arguments[0]), FLAGS.last)
     for entry in entries:
         say(f"{entry.number}  {entry.at}  {entry.kind} {', '.join(entry.ids)}: {entry.outcome}")
     if faults:

@@ -9,7 +9,7 @@ from pixel_jax.config import ConfigError
 from pixel_jax.files import read_json
 from pixel_jax.identity import changes, flatten
 from pixel_jax.state_files import write_json
-from pixel_jax.terminal import say
+from pixel_jax.terminal import Waiting, say
 from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.config import SHORT
 from unlearn_jax.studies.config import StudyConfig
@@ -82,8 +82,10 @@ def run_cells(study: Study, wanted: Sequence[Cell]) -> None:
     case: Case | None = None
     for number, (cell, cost) in enumerate(zip(missing, costs, strict=True)):
         if case is None or (case.edit, case.share, case.seed) != cell[:3]:
-            case = study.case(*cell[:3])
-        row = _compute(study, case, cell)
+            with Waiting("training the case of the next cells"):
+                case = study.case(*cell[:3])
+        with Waiting(f"cell {number + 1} of {len(missing)}: {cell.file.removesuffix('.json')}"):
+            row = _compute(study, case, cell)
         values = {**cell._asdict(), "row": row, "setting": config.identity()}
         write_json(pathlib.Path(config.cells) / cell.file, values)
         done += cost
