@@ -125,7 +125,7 @@ def test_the_rows_are_those_of_the_policy_before(tmp_path, monkeypatch):
             number = max(0, i - 1)
             return self.roller.roll(jax.device_put(self.kept[number], shardings(self.kept[number], rolled)), i, number)
 
-    late = lambda learner: Late(sources.WholeBatches(learner, learner.ask), learner.policy, learner.data)
+    late = lambda learner: Late(sources.WholeBatches(learner, learner.ask), learner)
     monkeypatch.setattr(rl_module, "source_of", late)
     assert_same(ahead, run_ahead(tmp_path / "late"))
     assert lines_of(tmp_path / "ahead") == lines_of(tmp_path / "late")
