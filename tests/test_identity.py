@@ -4,7 +4,17 @@ import jax
 import numpy
 import pytest
 
-from pixel_jax.identity import CAME_LATER, KINDS, RUN, ChangeKind, RunError, kind_of, read_history, read_settings, settle
+from pixel_jax.identity import (
+    CAME_LATER,
+    KINDS,
+    RUN,
+    ChangeKind,
+    RunError,
+    kind_of,
+    read_history,
+    read_settings,
+    settle,
+)
 
 FACTS = {
     "seed": 0,

@@ -65,7 +65,11 @@ class Questions:
         mine = slice(self.shard.index * size, (self.shard.index + 1) * size)
         words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
         prompts = build_prompts(
-            scripted_model.queries(self.prompts)[mine], words, tables, scripted_model.CONFIG, shape=scripted_model.shape()
+            scripted_model.queries(self.prompts)[mine],
+            words,
+            tables,
+            scripted_model.CONFIG,
+            shape=scripted_model.shape(),
         )
         return prompts, (["7", "3"] * (self.prompts // 2))[mine]
 
