@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pixel_jax.files import read_bytes, write_file
 from pixel_jax.parallel.processes import all_gather, barrier, is_main_process
@@ -223,7 +223,9 @@ class Checkpoints:
             "processes": jax.process_count(),
         }
         document["arrays"] = sorted(arrays)
-        if jax.default_backend() == "cpu":
+        if any(_is_elsewhere(x) for x in named.values()):
+            named = {name: _of_main(x) for name, x in named.items()}
+        elif jax.default_backend() == "cpu":
             # On CPUs a snapshot may share memory with the arrays, which the next step donates.
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
@@ -426,6 +428,23 @@ class Checkpoints:
         elif jax.process_count() == 1 or issubclass(error[0], SystemExit):
             # Closing waits for the write in progress, and forever if other processes have ended.
             self.manager.close()
+
+
+def _is_elsewhere(x: Any) -> bool:
+    """Whether some process has no part of an array."""
+    return isinstance(x, jax.Array) and len({d.process_index for d in x.sharding.device_set}) < jax.process_count()
+
+
+def _of_main(x: jax.Array) -> np.ndarray:
+    """Returns the whole array on the host of the main process, and on others zeros in its place.
+
+    Orbax saves neither an array of which a process has no part nor one that a single process of several has.
+    """
+    if isinstance(x.sharding, NamedSharding):
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    if is_main_process():
+        return np.array(x.addressable_shards[0].data)
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
 def _is_checksum(value: Any) -> bool:

@@ -118,7 +118,8 @@ class RLConfig:
 class Learner:
     """The objects that the stages of an iteration use: compiled steps, the replay, and the meshes.
 
-    `shard` is the part of the rows that this process has: in the stages those that it trains on, in a rollout those that it writes.
+    `shard` is the part of the rows that this process has: in the stages those that it trains on, in a rollout those that it
+    writes.
     """
 
     def __init__(

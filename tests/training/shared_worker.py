@@ -3,8 +3,8 @@
     python shared_worker.py DIRECTORY SETTINGS
 
 SETTINGS is JSON: `phase` ("sft", "rl", "pools"), `mesh`, `rollout_mesh`, `steps`, `trainable`, `lora`, and an event: `signal`,
-sent to the process `victim` by itself when its batch number `batch` is asked for. "pools": of RL, `pools` (`POOLS`), `staleness` and
-`tokens` (of a budget).
+sent to the process `victim` by itself when its batch number `batch` is asked for. "pools": of RL, `pools` (`POOLS`),
+`staleness` and `tokens` (of a budget).
 """
 
 import json
