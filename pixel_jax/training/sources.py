@@ -9,8 +9,8 @@ own: while iteration i is trained on, the rows of later ones are written. The lo
 
 A checkpoint holds tokens and their records, but no images or examples: questions are read again from the data.
 
-With several processes each reads all questions of these sources, and rolls out its own (`own_part`); the rows are known to all, so
-that all choose the same, as one process would, and the main process saves them. Where training has processes of its own,
+With several processes each reads all questions of these sources, and rolls out its own (`own_part`); the rows are known to all,
+so that all choose the same, as one process would, and the main process saves them. Where training has processes of its own,
 these only read the questions, and are sent the rows (`Ahead`).
 """
 
