@@ -1,10 +1,10 @@
 """The time of an iteration of reinforcement learning, from the plans of its steps: rollouts and training together, or apart.
 
-Together they take turns on the same chips. Apart (`rl.staleness`) each has chips of its own, and an iteration takes as long as
-the slower of the two. A plan of a rollout counts all rows as long as allowed. Where the mean row is shorter, slots are refilled as
-long as prompts wait, and at the end the longest rows decide: of k prompts for a slot, the last takes the time of the longest row
-and the others that of the mean one. Rows that carry over (`rl.rollout_budget`) keep the slots full to the end, and what is not
-done is read again. The numbers follow from plans that were made before, so that nothing is compiled.
+Together they take turns on the same chips. Apart (`rl.staleness`) each has chips of its own, and an iteration takes as long
+as the slower of the two. A plan of a rollout counts all rows as long as allowed. Where the mean row is shorter, slots are
+refilled as long as prompts wait, and at the end the longest rows decide: of k prompts for a slot, the last takes the time of
+the longest row and the others that of the mean one. Rows that carry over (`rl.rollout_budget`) keep the slots full to the
+end, and what is not done is read again. The numbers follow from plans that were made before, so that nothing is compiled.
 """
 
 import dataclasses

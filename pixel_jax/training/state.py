@@ -104,8 +104,8 @@ def are_apart(training: Mesh | None, rollouts: Mesh) -> bool:
             f"the mesh of training has the devices {ours}, that of rollouts {theirs}: they share {shared}; give rollouts the "
             "same devices, or none of them"
         )
-    if ours == theirs:
-        return False
+    if ours == theirs or jax.process_count() == 1:
+        return ours != theirs
     here, there = (processes_of(mesh) for mesh in (training, rollouts))
     if here != there and (both := sorted({*here} & {*there})):
         raise ValueError(

@@ -22,8 +22,8 @@ def plan_of(step, seconds, topology="v5p:2x2x2", **sharding):
 def test_an_iteration_by_hand():
     """4 updates of 3 s with scores of 1 s are 16 s; a rollout of rows of full length 24 s on 8 chips, 40 s on 4 others.
 
-    Two prompts for a slot and mean rows of a quarter of the longest: (1/4 + 1) / 2 of the time to the end of all rows; 1/4
-    where rows carry over, with half an update's rows read again: .5 s by 8 chips, 1 s by 4. The weights, 5 GB at 2.5 GB/s, take 2 s.
+    Two prompts for a slot and mean rows of a quarter of the longest: (1/4 + 1) / 2 of the time to all rows' ends; 1/4 where
+    rows carry over, with half an update's rows read again: .5 s by 8 chips, 1 s by 4. The weights, 5 GB at 2.5 GB/s, take 2 s.
     """
     training = {"update": plan_of("update", 3.0), "score": plan_of("score", 1.0)}
     four = dataclasses.replace(plan_of("rollout", 40.0, "v5e:2x2"), sharding={"data": 4})

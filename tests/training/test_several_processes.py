@@ -126,6 +126,56 @@ def test_when_one_dies_and_no_collective_tells_jax_aborts_the_others(tmp_path):
     assert [code for code, _ in ended] == [-signal.SIGABRT, -signal.SIGKILL], ended
 
 
+def in_pools(directory, **settings):
+    directory.mkdir(exist_ok=True)
+    return fleet.start(2, WORKER, directory, json.dumps({"phase": "pools", "steps": 3, **settings}), devices=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pools, settings",
+    [
+        ("apart", {"staleness": 1, "lora": True}),
+        ("apart", {"staleness": 1, "tokens": 14}),
+        ("beside", {"staleness": 1}),
+        ("beside", {"staleness": 1, "tokens": 14}),
+        ("together", {"tokens": 14}),
+    ],
+)
+def test_rows_written_ahead_or_carried_over_by_two_processes_are_those_of_one(tmp_path, pools, settings):
+    """To the bit where training and rollouts have a process each, since each then computes what one process does."""
+    fleet.expect(in_pools(tmp_path / "several", pools=pools, **settings))
+    one = shared_worker.work(tmp_path / "one", "pools", pools=pools, steps=3, **settings)
+    several = fleet.weights(tmp_path / "several")
+    assert_same_run(one, several, (tmp_path / "one", tmp_path / "several"))
+    if pools == "apart":
+        for a, b in zip(one, several, strict=True):
+            np.testing.assert_array_equal(a, b)
+    lines = read_metrics(tmp_path / "several" / "metrics.jsonl")
+    if "staleness" in settings:
+        assert all(
+            {"seconds_waiting", "rollouts_seconds_rollout", "rollouts_seconds_waiting"} <= x.keys() for x in lines
+        )
+    if "tokens" in settings:
+        assert max(line["rows_carried"] for line in lines) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pools, victim", [("apart", 0), ("apart", 1), ("beside", 1)])
+def test_pools_of_two_processes_go_on_as_if_nothing_had_been(tmp_path, pools, victim):
+    """One process is killed, or told to go, when it asks for questions; rows that were written ahead and carry over are saved."""
+    settings = {"pools": pools, "staleness": 1, "tokens": 14}
+    fleet.expect(in_pools(tmp_path / "whole", **settings))
+    event = {"victim": victim, "batch": 2}
+    killed = fleet.wait(in_pools(tmp_path / "parts", **settings, signal=int(signal.SIGKILL), **event), 600)
+    assert killed[victim][0] == -signal.SIGKILL and killed[1 - victim][0] in (LOST, -signal.SIGABRT), killed
+    told = fleet.wait(in_pools(tmp_path / "parts", **settings, signal=int(signal.SIGTERM), **event), 600)
+    assert [code for code, _ in told] == [CODE] * 2, told
+    fleet.expect(in_pools(tmp_path / "parts", **settings))
+    for a, b in zip(fleet.weights(tmp_path / "whole"), fleet.weights(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2}])
 def test_tuning_by_four_processes_is_that_by_one(tmp_path, mesh):
