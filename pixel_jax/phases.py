@@ -134,24 +134,24 @@ class Phase:
     def rollout_mesh(self) -> Mesh | None:
         """The mesh of rollouts; None: the mesh of training. Rows are written ahead by the devices behind those of training."""
         shape = self.config.rollout_mesh
-        if not self.ahead:
-            return make_mesh(shape) if shape else None
-        if self.mesh is None or not shape:
+        if self.ahead and (self.mesh is None or not shape):
             raise UserError(
                 f"config.rl.staleness is {self.config.learning.staleness}: rollouts need devices of their own; set "
                 "config.mesh and config.rollout_mesh"
             )
-        devices = jax.devices()[self.mesh.size :]
+        if not shape:
+            return None
+        devices = jax.devices()[self.mesh.size :] if self.ahead and self.mesh is not None else jax.devices()
         if not devices:
             raise UserError(
-                f"config.mesh {dict(self.mesh.shape)} has all {self.mesh.size} devices, and config.rl.staleness needs some for "
-                "config.rollout_mesh: make config.mesh smaller"
+                f"config.mesh {dict(self.config.mesh)} has all {len(jax.devices())} devices, and config.rl.staleness needs some "
+                "for config.rollout_mesh: make config.mesh smaller"
             )
         mesh = make_mesh(shape, devices)
         try:
             are_apart(self.mesh, mesh)
         except ValueError as error:
-            raise UserError(f"config.mesh and config.rollout_mesh with config.rl.staleness: {error}") from error
+            raise UserError(f"config.mesh and config.rollout_mesh: {error}") from error
         return mesh
 
     @property

@@ -2,11 +2,13 @@
 
     python shared_worker.py DIRECTORY SETTINGS
 
-SETTINGS is JSON: `phase` ("sft", "rl", "pools"), `mesh`, `rollout_mesh`, `steps`, `trainable`, `lora`, and an event: `signal`,
-sent to the process `victim` by itself when its batch number `batch` is asked for. "pools": of RL, `pools` (`POOLS`),
-`staleness` and `tokens` (of a budget).
+SETTINGS is JSON: `phase` ("sft", "rl", "pools", "ahead"), `mesh`, `rollout_mesh`, `steps`, `trainable`, `lora`, and an
+event: `signal`, sent to the process `victim` by itself when its batch number `batch` is asked for. "pools": of RL, `pools`
+(`POOLS`), `staleness` and `tokens` (of a budget). "ahead": the same with a rollout made by hand, which is quicker.
 """
 
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -15,6 +17,7 @@ import sys
 import jax
 import numpy as np
 import scripted_model
+import test_rl
 from tiny_model import make_batch, make_model
 
 from pixel_jax.data.batches import MemoryBatches
@@ -30,7 +33,7 @@ from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import Rewards, Term
 from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, sft
-from pixel_jax.training.stages import Stages
+from pixel_jax.training.stages import Stages, collect
 from pixel_jax.training.steps import ForwardConfig
 
 PROMPTS = 4
@@ -166,10 +169,35 @@ def learn_in_pools(directory, pools, steps, *, staleness=0, tokens=None, lora=Fa
     return mesh, trained
 
 
+class AskedByHand(test_rl.Questions):
+    """The prompts of a rollout made by hand."""
+
+    event: dict = {}
+
+    def __next__(self):
+        happen(self.asked, self.event)
+        return super().__next__()
+
+
+def learn_ahead(directory, pools, steps, *, lora=False, **event):
+    """RL whose rows are written ahead by a rollout made by hand."""
+    mesh, rollout_mesh = pool_meshes(pools)
+    loss = PolicyLossConfig(importance_cap=2.0)
+    trainable = ".*lora_" if lora else ".*"
+    config = dataclasses.replace(test_rl.CONFIG, iterations=steps, staleness=1, loss=loss, trainable=trainable)
+    stages = test_rl.stages(config, test_rl.score, collect=functools.partial(collect, roll=test_rl.rollout))
+    model, data = make_model(), AskedByHand()
+    if lora:
+        model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
+    data.event = event
+    return mesh, rl(model, data, stages, config, directory=directory, mesh=mesh, rollout_mesh=rollout_mesh)
+
+
 def work(directory, phase="sft", mesh=None, rollout_mesh=None, steps=3, **settings):
     """The trained model's weights, on the host."""
-    if phase == "pools":
-        axes, model = learn_in_pools(directory, steps=steps, **settings)
+    if phase in ("pools", "ahead"):
+        learning = learn_in_pools if phase == "pools" else learn_ahead
+        axes, model = learning(directory, steps=steps, **settings)
         leaves = jax.tree.leaves(model)
         return [np.asarray(x) for x in replicate(leaves, axes)] if axes.local_devices else []
     axes = mesh and make_mesh(mesh)

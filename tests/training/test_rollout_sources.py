@@ -308,13 +308,17 @@ def test_meshes_that_cannot_be_are_refused():
 
 def test_rows_written_ahead_have_the_devices_behind_those_of_training():
     def ids(mesh, shape, staleness=1):
-        config = types.SimpleNamespace(rollout_mesh=shape, learning=types.SimpleNamespace(staleness=staleness))
+        config = types.SimpleNamespace(
+            mesh=mesh, rollout_mesh=shape, learning=types.SimpleNamespace(staleness=staleness)
+        )
         phase = types.SimpleNamespace(ahead=staleness > 0, mesh=mesh and make_mesh(mesh), config=config)
         found = Phase.rollout_mesh.fget(phase)
         return found and [device.id for device in found.devices.flat]
 
     assert ids({"data": 4}, {"data": -1}) == [4, 5, 6, 7] and ids({"data": 2}, {"tensor": 4}) == [2, 3, 4, 5]
     assert ids({"data": 4}, {"data": 4}, staleness=0) == [0, 1, 2, 3] and ids({"data": 4}, {}, staleness=0) is None
+    with pytest.raises(UserError, match=r"config.mesh and config.rollout_mesh: .* they share \[0, 1\]"):
+        ids({"data": 4}, {"data": 2}, staleness=0)
     with pytest.raises(
         UserError, match="has all 8 devices, and config.rl.staleness needs some for config.rollout_mesh"
     ):

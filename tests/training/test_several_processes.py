@@ -126,9 +126,28 @@ def test_when_one_dies_and_no_collective_tells_jax_aborts_the_others(tmp_path):
     assert [code for code, _ in ended] == [-signal.SIGABRT, -signal.SIGKILL], ended
 
 
-def in_pools(directory, **settings):
+def in_pools(directory, phase="pools", **settings):
     directory.mkdir(exist_ok=True)
-    return fleet.start(2, WORKER, directory, json.dumps({"phase": "pools", "steps": 3, **settings}), devices=4)
+    return fleet.start(2, WORKER, directory, json.dumps({"phase": phase, "steps": 3, **settings}), devices=4)
+
+
+@pytest.mark.slow
+def test_one_process_trains_while_another_rolls_out_ahead(tmp_path):
+    """To the bit as one process does; also when the one that rolls out is told to go, and both are started again."""
+    settings = {"pools": "apart"}
+    one = shared_worker.work(tmp_path / "one", "ahead", steps=3, **settings)
+    event = {"signal": int(signal.SIGTERM), "victim": 1, "batch": 2}
+    ended = fleet.wait(in_pools(tmp_path / "several", "ahead", **settings, **event), 600)
+    assert [code for code, _ in ended] == [CODE] * 2, ended
+    fleet.expect(in_pools(tmp_path / "several", "ahead", **settings))
+    for a, b in zip(one, fleet.weights(tmp_path / "several"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "several")]
+    for a, b in zip(*lines, strict=True):
+        assert a.keys() == b.keys()
+        assert {name: a[name] for name in a if "second" not in name} == {
+            name: b[name] for name in b if "second" not in name
+        }
 
 
 @pytest.mark.slow
