@@ -49,11 +49,11 @@ def define_flags(command: str) -> None:
     flags.DEFINE_bool(
         "video", False, "Plan the shapes of videos (config.video_buffer, ...) instead of those of images."
     )
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "pools",
         [],
-        "Files of --json: predict an iteration of rl together, apart and with rows that carry over, from the plans in them; one "
-        "file, or one of training and one of rollouts on other chips (FILE@MACHINE where a file has several). Compiles nothing.",
+        "File of --json (FILE@MACHINE where it has several): predict an iteration of rl together, apart and with rows that carry "
+        "over, from the plans in it. Given twice: the plans of training, and of rollouts on other chips. Compiles nothing.",
     )
     flags.DEFINE_float(
         "mean_response", None, "With --pools: tokens of the mean row. Default: all are as long as allowed."

@@ -59,15 +59,15 @@ def command():
 
 def test_the_command_of_the_page(command):
     """`docs/scale.md`: 16 updates of 11.19 + 2.68 s; 8.29 x 10^9 trained weights in bfloat16; 55 s on v6e."""
-    files = "docs/plan-7b-rl-v5p.json,docs/plan-7b-rl-v6e.json"
-    code, out, error = command("--config=pixel/qwen2_5_vl_7b_rl", f"--pools={files}")
+    files = ["docs/plan-7b-rl-v5p.json", "docs/plan-7b-rl-v6e.json"]
+    code, out, error = command("--config=pixel/qwen2_5_vl_7b_rl", *(f"--pools={name}" for name in files))
     assert code == 0, error
     rows = {
         line[:26].strip(): line[26:].split()
         for line in out.splitlines()
         if "together" in line or "apart" in line.lower()
     }
-    v5p, v6e = (read_plans(str(ROOT / name)) for name in files.split(","))
+    v5p, v6e = (read_plans(str(ROOT / name)) for name in files)
     train = 16 * (v5p["update"].seconds + v5p["score"].seconds)
     assert rows["together"][:4] == [
         "64",
@@ -119,4 +119,4 @@ def test_what_cannot_be_is_refused(arguments, words, monkeypatch):
     recipe.config = load(TrainConfig, values)
     mean = float(given["mean_response"]) if "mean_response" in given else None
     with pytest.raises((ValueError, OSError), match=words.replace(".", r"\.")):
-        pools.compared(recipe, given["pools"].split(","), mean, float(given.get("pool_gigabits", 100)))
+        pools.compared(recipe, [given["pools"]], mean, float(given.get("pool_gigabits", 100)))
