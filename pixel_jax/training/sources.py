@@ -433,16 +433,15 @@ class Ahead:
         """See `Source`. It waits for the rows, which the metric `seconds_waiting` shows."""
         learner, self.begun, self.taken = self.learner, max(self.begun, i), i
         last = min(i + learner.config.staleness, learner.config.iterations - 1)
+        actor = None
         if self.begun <= last:
             if self.across:
                 barrier(f"weights for iteration {self.begun}")  # which waits longer than a collective does
             actor = learner.policy(state)
-        if self.across:  # what is sent next would wait for later rollouts
-            self._begin(actor if self.begun <= i else None, i, i)
-            collected = self._sent(i)
-        if self.begun <= last:
-            self._begin(actor, i, last)
-        collected = collected if self.across else self.jobs[i].result()
+        # Between processes the rows are sent before later rollouts begin, for which the sending would wait.
+        self._begin(actor, i, i if self.across else last)
+        collected = self._sent(i) if self.across else self.jobs[i].result()
+        self._begin(actor, i, last)
         return shared(collected, learner.trains)
 
     def _begin(self, actor: Model | None, number: int, last: int) -> None:
