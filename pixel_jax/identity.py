@@ -62,6 +62,15 @@ KINDS: Mapping[str, ChangeKind] = {
     **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), ChangeKind.FIXED),
 }
 
+# Settings that came after others, with the values that mean what runs did before there were these settings, to the bit. A run
+# whose record lacks one goes on with that value. A new setting whose default changes results has no place here.
+CAME_LATER: Mapping[str, Any] = {
+    "rl.staleness": 0,
+    **dict.fromkeys(("rl.rollout_budget.tokens", "rl.rollout_budget.share")),
+    **{f"{part}rollout.{name}": None for part in ("", "rl.") for name in ("weights", "caches", "square")},
+    **{f"{part}rollout.split_videos": False for part in ("", "rl.")},
+}
+
 
 def kind_of(name: str) -> ChangeKind:
     """The consequence of a change of the setting `name`."""
@@ -127,8 +136,13 @@ def settle(
     directory = pathlib.Path(directory)
     new, old = flatten(settings), read_note(directory / RUN)
     changed = {} if old is None else changes(flatten(old), new)
+    later = {
+        name: now
+        for name, (before, now) in changed.items()
+        if before == ABSENT and name in CAME_LATER and now == CAME_LATER[name]
+    }
     if done is not None:
-        _check(directory, changed, resume_changed)
+        _check(directory, {name: x for name, x in changed.items() if name not in later}, resume_changed)
     if old is None:
         what = "begun" if done is None else "what it was begun as is not known"
     elif done is None:
@@ -138,9 +152,13 @@ def settle(
     if old is None and done is not None:
         warn(f"{directory / RUN} does not say what {directory} was begun as; the present settings are taken for it")
     _write_history(directory, {"what": what, "done": done, "of": of, "changed": changed})
-    if changed and done is not None:
+    if later and done is not None:
+        those = ", ".join(f"{name} = {now!r}" for name, now in later.items())
+        warn(f"{directory} was begun before there was a setting for what it did anyway: it goes on with {those}")
+    if changed.keys() - later and done is not None:
+        changed = {name: x for name, x in changed.items() if name not in later}
         warn(f"{directory} was begun with {describe(changed)}: it goes on, and {HISTORY} says so")
-    if changed or old is None:
+    if changed or later or old is None:
         write_json(directory / RUN, new)
 
 

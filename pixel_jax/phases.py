@@ -35,7 +35,7 @@ from pixel_jax.models.peft import FOLDER
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
 from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
-from pixel_jax.parallel.processes import barrier, is_main_process, say, waiting
+from pixel_jax.parallel.processes import among, barrier, is_main_process, say, waiting
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import VIEW_FIELDS, differences, limits_file, read_limits
@@ -54,9 +54,10 @@ from pixel_jax.training.loop import Identity
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
-from pixel_jax.training.rl import RLConfig, rl
+from pixel_jax.training.rl import RLConfig, questions_shard, rl
 from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.stages import Stages, collect_on_host
+from pixel_jax.training.state import are_apart
 from pixel_jax.training.watch import Look, Watch
 from pixel_jax.training.writers import read_metrics
 from pixel_jax.watching import HeldOutLooks, hold_out
@@ -133,20 +134,30 @@ class Phase:
     def rollout_mesh(self) -> Mesh | None:
         """The mesh of rollouts; None: the mesh of training. Rows are written ahead by the devices behind those of training."""
         shape = self.config.rollout_mesh
-        if not self.ahead:
-            return make_mesh(shape) if shape else None
-        if self.mesh is None or not shape:
+        if self.ahead and (self.mesh is None or not shape):
             raise UserError(
                 f"config.rl.staleness is {self.config.learning.staleness}: rollouts need devices of their own; set "
                 "config.mesh and config.rollout_mesh"
             )
-        devices = jax.devices()[self.mesh.size :]
+        if not shape:
+            return None
+        devices = jax.devices()[self.mesh.size :] if self.ahead and self.mesh is not None else jax.devices()
         if not devices:
             raise UserError(
-                f"config.mesh {dict(self.mesh.shape)} has all {self.mesh.size} devices, and config.rl.staleness needs some for "
-                "config.rollout_mesh: make config.mesh smaller"
+                f"config.mesh {dict(self.config.mesh)} has all {len(jax.devices())} devices, and config.rl.staleness needs some "
+                "for config.rollout_mesh: make config.mesh smaller"
             )
-        return make_mesh(shape, devices)
+        mesh = make_mesh(shape, devices)
+        try:
+            are_apart(self.mesh, mesh)
+        except ValueError as error:
+            raise UserError(f"config.mesh and config.rollout_mesh: {error}") from error
+        return mesh
+
+    @property
+    def trains(self) -> bool:
+        """Whether this process has a part in training; with `staleness`, rollouts can have processes of their own."""
+        return self.mesh is None or bool(self.mesh.local_devices)
 
     @property
     def ahead(self) -> bool:
@@ -162,7 +173,7 @@ class Phase:
     @property
     def reader_options(self) -> dict[str, Any]:
         """The arguments of data loaders that say which rows this process reads, and how far ahead."""
-        shard = process_shard(self.mesh)
+        shard = process_shard(self.mesh) if self.command == "sft" else questions_shard(self.config.learning, self.mesh)
         ahead = {"threads": self.config.read_threads, "ahead": self.config.read_ahead}
         return {"process_index": shard.index, "process_count": shard.count, **ahead}
 
@@ -189,7 +200,7 @@ class Phase:
             look=look,
             save=lambda state, where: self.write(state.model, where),
             save_every=config.save_model_every,
-            best=config.keep_best,
+            best=config.keep_best if self.trains else None,
             draw=lambda: _draw(out),
         )
 
@@ -230,8 +241,10 @@ def train(command: Command, config: TrainConfig, *, resume_changed: bool = False
         dtype = config.dtype or dtype_of(model)
         phase = Phase(command, config, data, model.config, dtype, processor, mesh, token_tables, rollouts)
         model = tune(phase, model) if command == "sft" else learn(phase, model)
-        with waiting("writing the model"):
-            phase.write(model, out / "model")
+        if phase.trains:
+            with among(phase.mesh), waiting("writing the model"):
+                phase.write(model, out / "model")
+        barrier("the model is written")
         if is_main_process():
             record(phase, model)
     if is_main_process():
@@ -331,6 +344,7 @@ def tune(phase: Phase, model: Any) -> Any:
 def learn(phase: Phase, model: Any) -> Any:
     """Trains `model` by reinforcement learning and returns it."""
     config, section, phase_data, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
+    rollout_mesh = phase.rollout_mesh
     for line in other_limits(config):
         say(line)
     with waiting("writing the questions as tokens"):
@@ -339,7 +353,7 @@ def learn(phase: Phase, model: Any) -> Any:
     announce(pathlib.Path(config.out), phase_data, f"{course}; {describe_shapes(questions)}")
     data = phase.question_batches
     shapes = list(dict.fromkeys(x.shape for x in questions))
-    look = phase.looks.of_learning(phase_data.held_out, shapes) if phase_data.held_out else None
+    look = phase.looks.of_learning(phase_data.held_out, shapes) if phase_data.held_out and phase.trains else None
     watch = phase.watch(section.iterations, look)
     older = [f"staleness {section.staleness}"] * bool(section.staleness)
     older += ["a rollout_budget"] * section.rollout_budget.limits
@@ -355,7 +369,7 @@ def learn(phase: Phase, model: Any) -> Any:
     if phase.rollouts is not None:
         stages = dataclasses.replace(stages, collect=functools.partial(collect_on_host, phase.rollouts))
     pause("the data is written out")
-    return rl(model, data, stages, section, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.run_options)
+    return rl(model, data, stages, section, rollout_mesh=rollout_mesh, watch=watch, **phase.run_options)
 
 
 def question_shapes(network: ModelConfig, mesh: Mesh | None, rows: int) -> AutoShapes:

@@ -4,7 +4,17 @@ import jax
 import numpy
 import pytest
 
-from pixel_jax.identity import KINDS, RUN, ChangeKind, RunError, kind_of, read_history, read_settings, settle
+from pixel_jax.identity import (
+    CAME_LATER,
+    KINDS,
+    RUN,
+    ChangeKind,
+    RunError,
+    kind_of,
+    read_history,
+    read_settings,
+    settle,
+)
 
 FACTS = {
     "seed": 0,
@@ -70,6 +80,32 @@ def test_another_experiment_has_to_be_wanted_and_is_written_down(facts, name, va
         settle(tmp_path, FACTS, done=4, resume_changed=False)
 
 
+LATER = {"rl": {"staleness": 0, "rollout_budget": {"tokens": None, "share": None}, "rollout": {"weights": None}}}
+
+
+@pytest.mark.parametrize("resume_changed", [None, False, True])
+def test_settings_that_came_after_a_run_was_begun_do_not_end_it(resume_changed, tmp_path, capsys):
+    """Where they mean what it did, which is said once."""
+    settle(tmp_path, FACTS)
+    settle(tmp_path, {**FACTS, **LATER}, done=2, resume_changed=resume_changed)
+    said = capsys.readouterr().err
+    assert "it goes on with rl.staleness = 0, rl.rollout_budget.tokens = None" in said and "now it is" not in said
+    assert read_history(tmp_path)[-1]["changed"]["rl.staleness"] == ["not set", 0]
+    settle(tmp_path, {**FACTS, **LATER}, done=4, resume_changed=resume_changed)
+    assert capsys.readouterr().err == "" and read_settings(tmp_path)["rl.staleness"] == 0
+    with pytest.raises(RunError, match="rl.staleness = 0, now it is 1"):
+        settle(tmp_path, {**FACTS, "rl": {**LATER["rl"], "staleness": 1}}, done=4, resume_changed=resume_changed)
+
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_a_later_setting_that_means_something_else_is_a_change(value, tmp_path):
+    settle(tmp_path, FACTS)
+    with pytest.raises(RunError, match=f"rl.staleness = 'not set', now it is {value}: choose another directory$"):
+        settle(tmp_path, {**FACTS, "rl": {"staleness": value}}, done=2, resume_changed=True)
+    with pytest.raises(RunError, match="a_setting_of_tomorrow = 'not set', now it is None"):  # its meaning is not known
+        settle(tmp_path, {**FACTS, "a_setting_of_tomorrow": None}, done=2, resume_changed=False)
+
+
 @pytest.mark.parametrize("facts", [{"seed": 1}, {"weights": "ffff"}, {"sft": {"batch_size": 8}}])
 def test_what_cannot_be_gone_on_from_is_refused(facts, tmp_path):
     settle(tmp_path, FACTS)
@@ -119,6 +155,8 @@ def test_kinds_are_declared_for_settings_that_there_are():
     judge = {"rules": ("box", "judge"), "judge": {"url": "http://localhost:1/v1", "model": "m"}}
     values |= {"rl": {"iterations": 1, "reward": {"scorer": judge}}}
     names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "adapter_weights", "tokenizer"}
+    found = flatten(dataclasses.asdict(load(TrainConfig, values)))
+    assert {name: found[name] for name in CAME_LATER} == CAME_LATER  # the value of a config that does not name it
     for pattern in KINDS:
         assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern
     free = {name for name in names if kind_of(name) is ChangeKind.FREE}

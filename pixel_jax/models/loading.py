@@ -63,18 +63,19 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
         waiting(label) as wait,
     ):
         read = lambda shard: _read(weights[shard.weight], shard, dtype, readers)
-        coming, done = ahead.submit(read, shards[0]), 0
+        coming = ahead.submit(read, shards[0]) if shards else None  # a process may have no part of the mesh
+        done = 0
         for shard, size, following in zip(shards, sizes, [*shards[1:], None], strict=True):
+            assert coming is not None
             values = coming.result()
-            if following is not None:
-                coming = ahead.submit(read, following)
+            coming = None if following is None else ahead.submit(read, following)
             pieces[shard.weight] += [jax.device_put(values, device) for device in shard.devices]
             jax.block_until_ready(pieces[shard.weight][-len(shard.devices) :])
             del values  # before the shard after the next is read
             done += size
             wait.at(f"{done / 1e9:.1f} of {sum(sizes) / 1e9:.1f} GB")
     return [
-        jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, arrays)
+        jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, arrays, dtype=dtype)
         for weight, arrays in zip(weights, pieces, strict=True)
     ]
 

@@ -373,7 +373,7 @@ def _put(values: np.ndarray, axes: tuple, linear: Linear) -> jax.Array:
     sharding = linear.weight[...].sharding
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         sharding = NamedSharding(sharding.mesh, partition_spec(axes, values.shape, sharding.mesh))
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index], dtype=values.dtype)
 
 
 def save_adapter(

@@ -6,16 +6,17 @@ Every process runs the same program. `JAX_NUM_PROCESSES` in the environment says
 """
 
 import contextlib
+import contextvars
 import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax import terminal
@@ -104,48 +105,126 @@ def fail_together() -> Iterator[None]:
             os._exit(code)
 
 
+GROUP: contextvars.ContextVar[tuple[Any, ...] | None] = contextvars.ContextVar("GROUP", default=None)
+
+
+@contextlib.contextmanager
+def among(mesh: Mesh | None) -> Iterator[None]:
+    """In this context and thread, exchanges are among the processes of `mesh` alone, by its devices.
+
+    So each of two groups of devices can exchange arrays of its own while the other computes. This process must be one of them.
+    """
+    token = GROUP.set(None if mesh is None else _one_each(mesh.devices.flat))
+    try:
+        yield
+    finally:
+        GROUP.reset(token)
+
+
+def _one_each(devices: Iterable[Any]) -> tuple[Any, ...]:
+    """The first device of each process, in the order of processes."""
+    first: dict[int, Any] = {}
+    for device in devices:
+        first.setdefault(device.process_index, device)
+    return tuple(first[process] for process in sorted(first))
+
+
+def _group() -> tuple[Any, ...]:
+    """A device of each process that exchanges arrays (`among`)."""
+    return GROUP.get() or _one_each(jax.devices())
+
+
+def members() -> list[int]:
+    """The processes that exchange arrays: all, or those of `among`."""
+    return [device.process_index for device in _group()]
+
+
 def barrier(name: str, seconds: int = 24 * 3600) -> None:
-    """Waits until every process has reached the barrier of this name.
+    """Waits until every process (`members`) has reached the barrier of this name.
 
     A collective would give up on a process that is half a minute behind (gloo); this waits for `seconds`. The heartbeat tells
     that a process has died, and ends the others.
     """
     from orbax.checkpoint import multihost  # slow to import
 
-    multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+    if len(group := members()) > 1:
+        those = None if len(group) == jax.process_count() else set(group)
+        multihost.get_barrier_sync_fn(processes=those)(key=name, timeout_ms=1000 * seconds)
 
 
 def all_gather(x: Scalar) -> np.ndarray:
-    """Gathers the host array (or number) `x` of every process, on every process: [processes, ...]. Shapes must agree."""
-    if jax.process_count() == 1:
-        return np.asarray(x)[None]
-    return np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=False))
+    """Gathers the host array (or number) `x` of every process, on every process: [members, ...]. Shapes must agree."""
+    own = np.asarray(x)
+    return own[None] if len(members()) == 1 else _on_all(own, _same)
+
+
+def gather_bytes(parcel: bytes) -> list[bytes]:
+    """Gathers the bytes of every process, on every process, in the order of `members`. All of them call it."""
+    sizes = all_gather(np.int32(len(parcel)))
+    # Padded to a power of two, to share compiled programs.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+    padded[: len(parcel)] = np.frombuffer(parcel, np.uint8)
+    return [row[:size].tobytes() for row, size in zip(all_gather(padded), sizes, strict=True)]
+
+
+def broadcast(x: np.ndarray, source: int) -> np.ndarray:
+    """Returns the host array of the process `source` on every process, to the bit. All processes call it, with one shape."""
+    if len(members()) == 1:
+        return x
+    words = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    words = words if source == jax.process_index() else np.zeros_like(words)
+    received = _on_all(words, _total)
+    return received.view(x.dtype).reshape(x.shape)
 
 
 def all_to_all(parcels: Sequence[bytes]) -> list[bytes]:
     """Sends `parcels[p]` to process p, and returns what each process p sent to this one, in order. All processes call it.
 
-    It is one all-to-all over one device a process, of parcels padded to a power of two to share compiled programs.
+    It is one all-to-all over one device a process, of parcels padded to a power of two to share compiled programs. Only
+    `members` send and receive.
 
     Raises:
       ValueError: there is not one parcel for each process.
     """
-    count, here = jax.process_count(), jax.process_index()
-    if len(parcels) != count:
-        raise ValueError(f"{len(parcels)} parcels for {count} processes")
+    if len(parcels) != jax.process_count():
+        raise ValueError(f"{len(parcels)} parcels for {jax.process_count()} processes")
+    group, devices = members(), _group()
+    count, here = len(group), group.index(jax.process_index())
     if count == 1:
         return list(parcels)
-    sizes = all_gather(np.array([len(x) for x in parcels], np.int32))
+    sizes = all_gather(np.array([len(parcels[p]) for p in group], np.int32))
     width = 1 << int(sizes.max()).bit_length()
     padded = np.zeros((1, count, width), np.uint8)
-    for p, parcel in enumerate(parcels):
-        padded[0, p, : len(parcel)] = np.frombuffer(parcel, np.uint8)
-    devices = [next(d for d in jax.devices() if d.process_index == p) for p in range(count)]
+    for i, p in enumerate(group):
+        padded[0, i, : len(parcels[p])] = np.frombuffer(parcels[p], np.uint8)
     mesh = Mesh(np.array(devices), ("process",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("process"))
     sent = jax.make_array_from_process_local_data(sharding, padded, (count, count, width))
     received = np.asarray(_transpose(sent, sharding).addressable_data(0))[0]
-    return [received[p, : sizes[p, here]].tobytes() for p in range(count)]
+    arrived = [b""] * jax.process_count()
+    for i, p in enumerate(group):
+        arrived[p] = received[i, : sizes[i, here]].tobytes()
+    return arrived
+
+
+def _on_all(own: np.ndarray, compute: Callable[[jax.Array], jax.Array]) -> np.ndarray:
+    """Computes `compute` of the arrays of all processes, [members, ...], and returns it on each."""
+    own = own.astype(jax.dtypes.canonicalize_dtype(own.dtype))
+    devices = _group()
+    mesh = Mesh(np.array(devices), ("process",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("process"))
+    with jax.set_mesh(mesh):
+        sent = jax.make_array_from_process_local_data(split, own[None], (len(devices), *own.shape))
+        result = jax.jit(compute, out_shardings=NamedSharding(mesh, PartitionSpec()))(sent)
+    return np.asarray(result.addressable_data(0))
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=0, dtype=x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from pixel_jax.parallel.processes import all_gather
+from pixel_jax.parallel.processes import all_gather, members
 
 T = TypeVar("T")
 
@@ -142,7 +142,7 @@ def _put(x, sharding: NamedSharding) -> jax.Array:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index], dtype=x.dtype)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -164,6 +164,7 @@ class ProcessShard(NamedTuple):
 
 
 WHOLE = ProcessShard(0, 1, (0,), ((0,),))  # of a single process
+NONE = ProcessShard(-1, 1, (), ())  # of a process that has no part in a mesh, and no rows
 
 
 def process_shard(mesh: Mesh | None) -> ProcessShard:
@@ -260,7 +261,8 @@ def all_rows(tree: T, shard: ProcessShard) -> T:
     """Gathers the rows of host arrays [rows, ...] of all shards, in order, on every process. All processes call it."""
     if shard.count == 1:
         return jax.tree.map(np.asarray, tree)
-    leaders = [processes[0] for processes in shard.processes]
+    group = members()
+    leaders = [group.index(processes[0]) for processes in shard.processes]
     return jax.tree.map(lambda x: np.concatenate(all_gather(x)[leaders]), tree)
 
 

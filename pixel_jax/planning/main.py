@@ -49,6 +49,16 @@ def define_flags(command: str) -> None:
     flags.DEFINE_bool(
         "video", False, "Plan the shapes of videos (config.video_buffer, ...) instead of those of images."
     )
+    flags.DEFINE_multi_string(
+        "pools",
+        [],
+        "File of --json (FILE@MACHINE where it has several): predict an iteration of rl together, apart and with rows that carry "
+        "over, from the plans in it. Given twice: the plans of training, and of rollouts on other chips. Compiles nothing.",
+    )
+    flags.DEFINE_float(
+        "mean_response", None, "With --pools: tokens of the mean row. Default: all are as long as allowed."
+    )
+    flags.DEFINE_float("pool_gigabits", 100.0, "With --pools: Gb/s that a host receives from the other pool.")
     flags.DEFINE_string("scaling", None, "A kind of chip: also predict weak scaling from 8 to 1024 of them.")
 
 
@@ -69,7 +79,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
-    if not FLAGS.topology and not FLAGS.scaling:
+    if not FLAGS.topology and not FLAGS.scaling and not FLAGS.pools:
         raise UserError("name a machine, as in --topology=v6e:16x16 or --topology=h100:8, or --scaling=v5p")
     if min(FLAGS.fitting, FLAGS.most) < 1:
         raise UserError(f"--fitting={FLAGS.fitting} and --most={FLAGS.most} must be positive")
@@ -80,6 +90,8 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     jax.config.update("jax_platforms", "cpu")  # this machine is not the one to plan for
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width
     config = load(TrainConfig, FLAGS.config)
+    if FLAGS.pools:
+        return compare_pools(config, console)
     if FLAGS.configured and not config.mesh:
         raise UserError("--configured: the config has no mesh, so its runs are on one device")
     if FLAGS.video:
@@ -135,6 +147,19 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
             points.append(point)
             keep()
         print_table(report.scaling_table(points, step))
+
+
+def compare_pools(config, console) -> None:
+    """Prints what an iteration of a config takes with rollouts and training together and apart (`planning.pools`)."""
+    from pixel_jax.cli import UserError
+    from pixel_jax.planning import pools
+
+    recipe = read_recipe(config, console)
+    try:
+        found = pools.compared(recipe, FLAGS.pools, FLAGS.mean_response, FLAGS.pool_gigabits)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--pools: {error}") from error
+    print_table(pools.table(found, pools.moved_bytes(recipe)))
 
 
 def of_videos(config):

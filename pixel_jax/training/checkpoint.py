@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pixel_jax.files import read_bytes, write_file
 from pixel_jax.parallel.processes import all_gather, barrier, is_main_process
@@ -50,7 +50,12 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 
 def fingerprint(tree: Any) -> dict[str, str]:
-    """Returns {path: two checksums of the array's bits}, which are the same on every mesh."""
+    """Returns {path: two checksums of the array's bits}, which are the same on every mesh.
+
+    A process that has no part of the arrays has no checksums.
+    """
+    if any(isinstance(x, jax.Array) and not x.addressable_shards for x in jax.tree.leaves(tree)):
+        return {}
     sums = {name: _sums(x) for name, x in named_arrays(tree).items()}
     return {name: "".join(f"{int(x):08x}" for x in both) for name, both in jax.device_get(sums).items()}
 
@@ -95,6 +100,20 @@ def rejoin(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if isinstance(value, list):
         return [rejoin(x, arrays) for x in value]
     return value
+
+
+def to_bytes(state: Mapping[str, Any]) -> bytes:
+    """Serialises nested JSON values and arrays, as safetensors."""
+    arrays: dict[str, np.ndarray] = {}
+    document = json.dumps(separate(state, arrays, "")).encode()
+    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    return safetensors.numpy.save(arrays | {"document": np.frombuffer(document, np.uint8)})
+
+
+def from_bytes(parcel: bytes) -> Any:
+    """The inverse of `to_bytes`."""
+    arrays = safetensors.numpy.load(parcel)
+    return rejoin(json.loads(arrays["document"].tobytes()), arrays)
 
 
 class HostHandler(ocp.CheckpointHandler):
@@ -204,7 +223,9 @@ class Checkpoints:
             "processes": jax.process_count(),
         }
         document["arrays"] = sorted(arrays)
-        if jax.default_backend() == "cpu":
+        if any(_is_elsewhere(x) for x in named.values()):
+            named = {name: _of_main(x) for name, x in named.items()}
+        elif jax.default_backend() == "cpu":
             # On CPUs a snapshot may share memory with the arrays, which the next step donates.
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
@@ -365,6 +386,9 @@ class Checkpoints:
         documents = self.reader.restore(path, args=ocp.args.Composite(host=HostRestore())).host
         wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}
         self._compare(wanted, documents[0]["leaves"])
+        host, local = documents[0]["host"], [document["local"] for document in documents]
+        if mesh is not None and not mesh.local_devices:  # this process has no part of the arrays
+            return Restored(step, like, host, local)
         self._compare(dict(base or {}), documents[0]["base"], "frozen ")
         if mesh is None:
             sharding = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), like)
@@ -375,7 +399,7 @@ class Checkpoints:
         arrays = self.reader.restore(path, args=ocp.args.Composite(state=restored)).state
         # Names and leaves are in the same order: a weight is one name and one leaf.
         state = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
-        return Restored(step, state, documents[0]["host"], [document["local"] for document in documents])
+        return Restored(step, state, host, local)
 
     def _compare(self, wanted: Mapping[str, Any], have: Mapping[str, Any], kind: str = "") -> None:
         missing, unused = sorted(wanted.keys() - have.keys()), sorted(have.keys() - wanted.keys())
@@ -404,6 +428,23 @@ class Checkpoints:
         elif jax.process_count() == 1 or issubclass(error[0], SystemExit):
             # Closing waits for the write in progress, and forever if other processes have ended.
             self.manager.close()
+
+
+def _is_elsewhere(x: Any) -> bool:
+    """Whether some process has no part of an array."""
+    return isinstance(x, jax.Array) and len({d.process_index for d in x.sharding.device_set}) < jax.process_count()
+
+
+def _of_main(x: jax.Array) -> np.ndarray:
+    """Returns the whole array on the host of the main process, and on others zeros in its place.
+
+    Orbax saves neither an array of which a process has no part nor one that a single process of several has.
+    """
+    if isinstance(x.sharding, NamedSharding):
+        x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    if is_main_process():
+        return np.array(x.addressable_shards[0].data)
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
 def _is_checksum(value: Any) -> bool:

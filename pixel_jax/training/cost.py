@@ -20,6 +20,7 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.model import Model
 from pixel_jax.parallel.memory import device_memory
+from pixel_jax.parallel.processes import members
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.training.batch import Batch
 
@@ -149,7 +150,7 @@ class Throughput:
 
     def metrics(self, seconds: float) -> dict[str, float]:
         """The metrics of the rows counted since the last call, which took `seconds`. No `mfu` if the peak is unknown (CPU)."""
-        processes = jax.process_count()
+        processes = len(members())
         metrics = {
             "tokens_per_second": self.tokens / seconds * processes,
             "flops_per_second": self.flops / seconds * processes,

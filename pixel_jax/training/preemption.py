@@ -83,4 +83,15 @@ class Notice:
         return value  # type: ignore[return-value]
 
 
+class NoNotice(Notice):
+    """Of work that is not abandoned, whatever the process is told. It asks no other process."""
+
+    def __init__(self):
+        super().__init__(signals.Signals())
+
+    def reached(self) -> bool:
+        """Never."""
+        return False
+
+
 NOTICE = Notice(signals.SIGNALS)

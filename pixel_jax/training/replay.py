@@ -2,13 +2,11 @@
 
 import collections
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from pixel_jax.config import positive
 from pixel_jax.parallel.processes import all_to_all
@@ -20,7 +18,7 @@ from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.tools.calls import Values
 from pixel_jax.training.batch import Batch, Rows, take
-from pixel_jax.training.checkpoint import rejoin, separate
+from pixel_jax.training.checkpoint import from_bytes, to_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,18 +250,13 @@ def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
 
 
 def pack(rows: dict[int, Rows]) -> bytes:
-    """Serialises rows by number, as safetensors."""
-    if not rows:
-        return b""
-    arrays: dict[str, np.ndarray] = {}
-    document = separate({"numbers": list(rows), **stacked(list(rows.values()))}, arrays, "")
-    return safetensors.numpy.save(arrays | {"document": np.frombuffer(json.dumps(document).encode(), np.uint8)})
+    """Serialises rows by number."""
+    return to_bytes({"numbers": list(rows), **stacked(list(rows.values()))}) if rows else b""
 
 
 def unpack(parcel: bytes) -> dict[int, Rows]:
     """The inverse of `pack`."""
     if not parcel:
         return {}
-    arrays = safetensors.numpy.load(parcel)
-    state = rejoin(json.loads(arrays["document"].tobytes()), arrays)
+    state = from_bytes(parcel)
     return dict(zip(state["numbers"], unstacked(state), strict=True))

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
 from pixel_jax.models.model import Model
-from pixel_jax.parallel.sharding import process_shard, shard_batch
+from pixel_jax.parallel.processes import all_gather, among, barrier
+from pixel_jax.parallel.sharding import NONE, WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutBudget, RolloutConfig
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, answered_calls, executed_calls, failed_calls
 from pixel_jax.training.batch import Batch, PackingConfig
@@ -21,12 +22,12 @@ from pixel_jax.training.diagnosis import Diagnosis, outcome_metrics
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Observer, RunSteps, Timer
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.preemption import NOTICE
+from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.sources import source_of, token_ages
-from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import Resharder, TrainState, are_apart, init_state
+from pixel_jax.training.stages import Collected, Questions, Stages, Weighed
+from pixel_jax.training.state import Pools, Resharder, TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
 from pixel_jax.training.writers import WriterName
 
@@ -115,7 +116,11 @@ class RLConfig:
 
 
 class Learner:
-    """The objects that the stages of an iteration use: compiled steps, the replay, and the meshes."""
+    """The objects that the stages of an iteration use: compiled steps, the replay, and the meshes.
+
+    `shard` is the part of the rows that this process has: in the stages those that it trains on, in a rollout those that it
+    writes.
+    """
 
     def __init__(
         self,
@@ -128,15 +133,31 @@ class Learner:
         rollout_mesh: Mesh | None = None,
     ):
         self.data: Any = data
-        self.stages, self.config, self.mesh = stages, config, mesh
+        self.stages, self.config, self.mesh, self.rollout_mesh = stages, config, mesh, rollout_mesh
         self.notice = NOTICE
-        apart = rollout_mesh is not None and are_apart(mesh, rollout_mesh)
-        if config.staleness and not apart:
+        self.pools = pools = Pools.of(mesh, rollout_mesh)
+        if config.staleness and not pools.apart:
             raise ValueError(
                 f"staleness {config.staleness}: rows are written ahead only by devices of their own; give `rollout_mesh` other "
                 "devices than `mesh`"
             )
-        self.shard = process_shard(mesh)
+        if pools.across and not config.staleness:
+            raise ValueError(
+                f"rollouts have the processes {list(pools.writers)} and training has {list(pools.trainers)}: one would wait "
+                "for the other; set a `staleness`, or give both devices of the same processes"
+            )
+        self.trains = process_shard(mesh) if pools.trains else NONE  # the part of the rows that this process trains on
+        self.shard = self.trains
+        # The part of the questions that this process reads.
+        self.reads = questions_shard(config, mesh)
+        rolled = process_shard(rollout_mesh) if pools.apart and pools.rolls else self.trains
+        if pools.apart and not config.staleness and rolled[:2] != self.trains[:2]:
+            raise ValueError(
+                f"a process has the shard {self.trains[:2]} of a batch in training and {rolled[:2]} in rollouts"
+            )
+        for shard in (self.trains, rolled):
+            if config.prompts % shard.count:
+                raise ValueError(f"{config.prompts} prompts cannot be divided among {shard.count} processes")
         self.optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
         temperatures = {
             "temperature": config.rollout.temperature,
@@ -145,11 +166,9 @@ class Learner:
         self.update = make_rl_step(config.forward, config.loss, self.optimizer, mesh=mesh, **temperatures)
         self.logprobs = make_score_step(config.forward, mesh=mesh, **temperatures)
         self.policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
-        self.replay = Replay(config.replay, config.seed, self.shard)
+        self.replay = Replay(config.replay, config.seed, self.trains)
         self.throughput = Throughput(model, config.trainable, mesh)
         self.timer = Timer()  # of the current iteration
-        if config.rollout_budget.limits and self.shard.count > 1:
-            raise ValueError(f"a rollout_budget with {self.shard.count} processes: rows carry over in one process only")
         self.source = source_of(self)
 
     def begin(self, model: Model) -> TrainState:
@@ -163,15 +182,26 @@ class Learner:
     def ask(self, i: int) -> Questions:
         """Reads the questions of iteration `i`. ValueError: their number is not that of the configuration."""
         questions = Questions(i, *self.notice.next(self.data))
-        if (count := len(questions.examples) * self.shard.count) != self.config.prompts:
+        if (count := len(questions.examples) * self.reads.count) != self.config.prompts:
             raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
         return questions
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
         """Runs iteration `i`. It is abandoned if the run is to stop before its updates."""
-        stages, self.timer = self.stages, Timer()
+        self.timer = Timer()
         collected = self.source.take(state, i)
         self.timer.lap("waiting" if self.config.staleness else "rollout")
+        if not self.pools.across:
+            with among(self.mesh if self.config.staleness else None):
+                state, metrics = self.train(state, collected, i)
+        else:
+            state, metrics = self._together(state, collected, i)
+        self.source.done()
+        return state, metrics | self.timer.metrics | token_ages(collected.records, i) | collected.metrics
+
+    def train(self, state: TrainState, collected: Collected, i: int) -> tuple[TrainState, dict[str, float]]:
+        """Scores the rows of iteration `i` and trains on them."""
+        stages = self.stages
         self.notice.check()
         scored = stages.score(self, state, collected)
         weighed = stages.advantages(self, state, scored)
@@ -182,8 +212,47 @@ class Learner:
         metrics = rollout_metrics(weighed) | outcome_metrics(scored, self.shard) | updated.metrics
         if metrics.get("updates"):
             metrics |= self.throughput.metrics(self.timer.metrics["seconds_update"])
-        self.source.done()
-        return updated.state, metrics | self.timer.metrics | token_ages(collected.records, i) | collected.metrics
+        return updated.state, metrics
+
+    def _together(self, state: TrainState, collected: Collected, i: int) -> tuple[TrainState, dict[str, float]]:
+        """Trains in the processes of training, while the others roll out; they meet at the end, and abandon it together.
+
+        Raises:
+          Preempted: it was abandoned.
+        """
+        metrics: dict[str, float] = {}
+        abandoned = False
+        if self.pools.trains:
+            try:
+                with among(self.mesh):
+                    state, metrics = self.train(state, collected, i)
+            except Preempted:
+                abandoned = True
+        else:
+            self.source.wait()
+        barrier(f"end of iteration {i}")
+        if all_gather(abandoned).any():
+            raise Preempted
+        self.timer.lap("waiting")
+        return state, metrics
+
+    def observe(self, watch: Observer | None) -> Observer | None:
+        """Makes an observer that the processes of training call, and no others."""
+        if watch is None or not self.pools.across:
+            return watch
+
+        def observed(state: TrainState, done: int, log: Any) -> None:
+            if self.pools.trains:
+                with among(self.mesh):
+                    watch(state, done, log)
+            barrier(f"watched {done}")
+
+        return observed
+
+
+def questions_shard(config: RLConfig, mesh: Mesh | None) -> ProcessShard:
+    """Returns the part of the questions that this process reads: all of them if rows carry over or are written ahead."""
+    return WHOLE if config.staleness or config.rollout_budget.limits else process_shard(mesh)
 
 
 def rollout_metrics(weighed: Weighed) -> dict[str, float]:
@@ -268,4 +337,4 @@ def rl(
         mesh=mesh,
     )
     with contextlib.closing(learner.source):
-        return Loop(work, learner.begin(model), keeping, watch).run().model
+        return Loop(work, learner.begin(model), keeping, learner.observe(watch)).run().model

@@ -8,6 +8,10 @@ policy after `number` iterations.
 own: while iteration i is trained on, the rows of later ones are written. The loop only takes from one of these two, a `Source`.
 
 A checkpoint holds tokens and their records, but no images or examples: questions are read again from the data.
+
+With several processes each reads all questions of these sources, and rolls out its own (`own_part`); the rows are known to all,
+so that all choose the same, as one process would, and the main process saves them. Where training has processes of its own,
+these only read the questions, and are sent the rows (`Ahead`).
 """
 
 import collections
@@ -22,18 +26,19 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.models.model import Model
-from pixel_jax.parallel.sharding import local_rows
+from pixel_jax.parallel.processes import among, barrier, gather_bytes, is_main_process, members
+from pixel_jax.parallel.sharding import NONE, ProcessShard, all_rows, local_rows, process_shard
 from pixel_jax.rollouts.partial import no_records, partial_rollout
 from pixel_jax.rollouts.queue import RowRecord
 from pixel_jax.rollouts.rollout import check_records, static_shape
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import Calls, HostPrompts, Trajectories, Views, take_prompts, take_rows
-from pixel_jax.signals import Signals
 from pixel_jax.terminal import say
 from pixel_jax.tools.calls import Values
+from pixel_jax.training.checkpoint import from_bytes, to_bytes
 from pixel_jax.training.loop import Local, Stateful, Timer
-from pixel_jax.training.preemption import Notice
+from pixel_jax.training.preemption import NoNotice
 from pixel_jax.training.replay import as_dicts, visual_record
 from pixel_jax.training.stages import Collected, Questions, collect, concatenated
 from pixel_jax.training.state import TrainState
@@ -51,6 +56,9 @@ class Source(Protocol):
     def take(self, state: TrainState, i: int) -> Collected:
         """Returns the rows of iteration i, whose training begins from `state`."""
         ...
+
+    def wait(self) -> None:
+        """Waits for the rollouts that were begun."""
 
     def done(self) -> None:
         """Says that the rows that were taken last have been trained on: they are not needed after a restart."""
@@ -122,9 +130,14 @@ class WholeBatches:
 
     def roll(self, actor: Model, i: int, number: int) -> Collected:
         """See `Roller`."""
-        questions = self.ask(i)
-        self.learner.timer.lap("input")
-        collected = self.learner.stages.collect(self.learner, actor, questions)
+        learner, questions = self.learner, self.ask(i)
+        learner.timer.lap("input")
+        whole = learner.reads.count < learner.shard.count  # each process has all questions, and rolls out its own
+        collected = learner.stages.collect(learner, actor, part_of(questions, learner.shard) if whole else questions)
+        if whole:
+            uid = np.arange(len(questions.examples), dtype=np.int32)
+            questions = questions._replace(prompts=questions.prompts._replace(uid=uid))
+            collected = collected._replace(questions=questions, trajectories=collected.records)
         if number == i:  # the policy that is trained next, so that there is nothing to note
             return collected
         written = lambda t: t._replace(policy=np.where(t.loss_mask, number, -1).astype(np.int32))
@@ -207,7 +220,8 @@ class CarriedRows:
         """See `Roller`."""
         learner, config = self.learner, self.learner.config
         group = config.rollout.group_size
-        unit = config.train_batch // np.gcd(config.train_batch, group)  # prompts that fill whole updates
+        # Prompts that fill whole updates, with as many of each process.
+        unit = np.lcm(config.train_batch // np.gcd(config.train_batch, group), learner.trains.count)
         resumed, calls = None, 0
         while True:
             now = self._next(i)
@@ -228,7 +242,9 @@ class CarriedRows:
             "prompts_waiting": sum(x.prompt_count for x in self.waiting.values()),
         }
         if config.time_operations and i % config.time_operations == 0:  # of all rows, also what they were shown before
-            metrics["seconds_operations"] = seconds_of_operations(actor, now.prompts, trajectories, config.rollout)
+            mine = own_part(now.prompt_count, learner.shard)
+            prompts, own = take_prompts(now.prompts, mine), take_rows(trajectories, rows_of(mine, group))
+            metrics["seconds_operations"] = seconds_of_operations(actor, prompts, own, config.rollout)
             learner.timer.lap("timing")
         questions = now.take(ready).questions(i)
         rows = take_rows(trajectories, rows_of(ready, group))
@@ -236,10 +252,11 @@ class CarriedRows:
         return Collected(questions, rows, rows, static_shape(questions.prompts, config.rollout, learner.mesh), metrics)
 
     def _write(self, actor: Model, now: Waiting, number: int) -> tuple[Trajectories, Waiting]:
-        """Goes on with rows until the budget is spent, and notes the policy of new tokens: on the host."""
-        config, key = self.learner.config, jax.random.key(self.learner.config.seed)
-        written = partial_rollout(actor, now.prompts, now.records, key, config.rollout, config.rollout_budget)
-        trajectories, records = jax.tree.map(local_rows, written)
+        """Goes on with rows until the budget is spent, and notes the policy of new tokens: on the host, of all processes."""
+        config, key, shard = self.learner.config, jax.random.key(self.learner.config.seed), self.learner.shard
+        mine = now.take(own_part(now.prompt_count, shard)) if shard.count > 1 else now
+        written = partial_rollout(actor, mine.prompts, mine.records, key, config.rollout, config.rollout_budget)
+        trajectories, records = all_rows(jax.tree.map(local_rows, written), shard)
         policy = np.where(now.policy < 0, number, now.policy)
         policy = np.where(records.loss_mask, policy, -1).astype(np.int32)
         prompt_width = trajectories.tokens.shape[1] - policy.shape[1]
@@ -304,40 +321,75 @@ def named(batches: Mapping[int, Questions], uid: np.ndarray) -> Questions:
     return concatenated([one(batch, at) for batch, at in parts])
 
 
+def own_part(count: int, shard: ProcessShard) -> np.ndarray:
+    """Returns the indices of a shard's part of `count` prompts, of which each shard has as many."""
+    size = count // shard.count
+    return np.arange(shard.index * size, (shard.index + 1) * size)
+
+
+def part_of(questions: Questions, shard: ProcessShard) -> Questions:
+    """Returns a shard's part of the questions of all processes."""
+    if shard.count == 1:
+        return questions
+    mine = own_part(len(questions.examples), shard)
+    sizes = None if questions.sizes is None else [questions.sizes[i] for i in mine]
+    return Questions(
+        questions.iteration, take_prompts(questions.prompts, mine), [questions.examples[i] for i in mine], sizes
+    )
+
+
+def shared(collected: Collected, shard: ProcessShard) -> Collected:
+    """Returns the rows of all processes as those of one that trains on the part `shard` of them."""
+    if shard.count == 1:
+        return collected
+    group = len(collected.records.stop) // len(collected.questions.examples)
+    mine = rows_of(own_part(len(collected.questions.examples), shard), group)
+    return collected._replace(
+        questions=part_of(collected.questions, shard), trajectories=take_rows(collected.records, mine)
+    )
+
+
 class Together:
     """Rolls out when the rows are wanted: rollouts and training take turns."""
 
-    def __init__(
-        self, roller: Roller, policy: Callable[[TrainState], Model], data: Stateful, log: QuestionLog | None = None
-    ):
-        """`log`: of the questions; None: the state of `data` is all that there is to save."""
-        self.roller, self.policy, self.log = roller, policy, log
+    def __init__(self, roller: Roller, learner: "Learner", log: QuestionLog | None = None):
+        """`log`: of the questions; None: the state of the data is all that there is to save."""
+        self.roller, self.learner, self.log = roller, learner, log
         self.before: dict[str, Any] | None = None  # the state before the rows that were taken last
-        self.host: Mapping[str, Stateful] = {"data": data} if log is None else {}
+        self.host: Mapping[str, Stateful] = {"data": learner.data} if log is None else {}
         self.local: Mapping[str, Local] = {} if log is None else {"rollouts": self}
 
     def take(self, state: TrainState, i: int) -> Collected:
         """See `Source`."""
-        self.before = None if self.log is None else self.get_state()
+        self.before = None if self.log is None else self._state()
         # The actor is not bound to a name here: if it is a copy, its memory is free for the updates.
-        return self.roller.roll(self.policy(state), i, i)
+        collected = self.roller.roll(self.learner.policy(state), i, i)
+        return collected if self.log is None else shared(collected, self.learner.trains)
+
+    def wait(self) -> None:
+        """See `Source`: there are none."""
 
     def done(self) -> None:
         """See `Source`."""
         self.before = None
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the questions and the rows that carry over; those before the current iteration, while it may be abandoned."""
+        """Returns the questions and the rows that carry over; those before the current iteration, while it may be abandoned.
+
+        They are the same in all processes, so that the main process alone has a state.
+        """
+        state = self._state() if self.before is None else self.before
+        return state if is_main_process() else {}
+
+    def _state(self) -> dict[str, Any]:
         assert self.log is not None
-        if self.before is not None:
-            return self.before
         state = self.roller.get_state()
         return {"roller": state, "log": self.log.get_state(numbers_in(state.get("waiting", ())))}
 
     def set_state(self, *states: Any) -> None:
-        """Restores a state of `get_state`."""
+        """Restores the states of `get_state` of all processes."""
         assert self.log is not None
-        (state,) = states
+        state = states[0]
         self.roller.set_state(state["roller"], self.log.set_state(state["log"]))
 
     def close(self) -> None:
@@ -356,6 +408,11 @@ class Ahead:
     The rows of iteration i are written by the policy after max(0, i - staleness) iterations: they are begun when that many are
     done, whatever takes longer. A rollout that was begun is not abandoned, because the weights that it was begun with are gone
     after a restart: a checkpoint waits for it, and holds its rows.
+
+    With several processes, either each has devices of both pools, or each pool has processes of its own (`across`). Then those of
+    rollouts send the rows to those of training, and all meet at the beginning and at the end of an iteration; what was begun is
+    written by its end. In each process the two pools exchange arrays by their own devices (`among`), so that neither waits for
+    the other.
     """
 
     host: Mapping[str, Stateful] = {}
@@ -369,49 +426,100 @@ class Ahead:
         self.idle_since = time.monotonic()  # when the last rollout ended
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "rollouts")
         self.local: Mapping[str, Local] = {"rollouts": self}
+        self.across = learner.pools.across
+        self.read = ReadAlong(log)  # the questions, in a process that does not roll out
 
     def take(self, state: TrainState, i: int) -> Collected:
         """See `Source`. It waits for the rows, which the metric `seconds_waiting` shows."""
-        config, self.begun, self.taken = self.learner.config, max(self.begun, i), i
-        while self.begun <= min(i + config.staleness, config.iterations - 1):
-            self.jobs[self.begun] = self.pool.submit(self._roll, self.learner.policy(state), self.begun, i)
+        learner, self.begun, self.taken = self.learner, max(self.begun, i), i
+        last = min(i + learner.config.staleness, learner.config.iterations - 1)
+        actor = None
+        if self.begun <= last:
+            if self.across:
+                barrier(f"weights for iteration {self.begun}")  # which waits longer than a collective does
+            actor = learner.policy(state)
+        # Between processes the rows are sent before later rollouts begin, for which the sending would wait.
+        self._begin(actor, i, i if self.across else last)
+        collected = self._sent(i) if self.across else self.jobs[i].result()
+        self._begin(actor, i, last)
+        return shared(collected, learner.trains)
+
+    def _begin(self, actor: Model | None, number: int, last: int) -> None:
+        """Begins the rollouts up to that of iteration `last`, in a process that rolls out."""
+        while self.begun <= last:
+            if self.learner.pools.rolls:
+                assert actor is not None
+                self.jobs[self.begun] = self.pool.submit(self._roll, actor, self.begun, number)
             self.begun += 1
-        return self.jobs[i].result()
+
+    def _sent(self, i: int) -> Collected:
+        """Sends the rows of iteration i to the processes of training, and returns them."""
+        job = self.jobs.get(i)
+        collected = None if job is None else job.result()
+        barrier(f"rows of iteration {i}")
+        state = self._of_rollouts({} if collected is None else saved(collected))
+        if collected is None:
+            collected = restored(state, self.read.batches_of(state["uid"]), self.learner)
+            self.read.forget(state["uid"])
+        return collected
+
+    def _of_rollouts(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Sends a state, of JSON values and arrays, from the first process of rollouts to those that have none."""
+        source = self.learner.pools.writers[0]
+        parcel = to_bytes(state) if jax.process_index() == source else b""
+        parcels = gather_bytes(parcel)
+        return state if self.learner.pools.rolls else from_bytes(parcels[members().index(source)])
 
     def _roll(self, actor: Model, i: int, number: int) -> Collected:
         """Rolls out in the thread, with the times of the rollout's devices as metrics."""
         waited = time.monotonic() - self.idle_since
         self.learner.timer = Timer()
-        collected = self.roller.roll(actor, i, number)
+        with among(self.learner.rollout_mesh):
+            collected = self.roller.roll(actor, i, number)
         jax.block_until_ready(actor)
         self.idle_since = time.monotonic()
         times = {f"rollouts_{name}": x for name, x in self.learner.timer.metrics.items()}
         return collected._replace(metrics={**collected.metrics, **times, "rollouts_seconds_waiting": waited})
 
+    def wait(self) -> None:
+        """See `Source`."""
+        concurrent.futures.wait(self.jobs.values())
+
     def done(self) -> None:
         """See `Source`."""
         assert self.taken is not None
-        del self.jobs[self.taken]
+        self.jobs.pop(self.taken, None)
         self.taken = None
 
     def get_state(self) -> dict[str, Any]:
-        """Waits for the rollouts that were begun, and returns their rows and the state of the roller."""
-        rows = [saved(job.result()) for job in self.jobs.values()]
-        state = self.roller.get_state()
-        log = self.log.get_state(numbers_in([*rows, *state.get("waiting", ())]))
-        return {"roller": state, "log": log, "rows": rows}
+        """Waits for the rollouts that were begun, and returns their rows and the state of the roller, in the main process."""
+        state: dict[str, Any] = {}
+        if self.learner.pools.rolls:
+            rows = [saved(job.result()) for job in self.jobs.values()]
+            roller = self.roller.get_state()
+            log = self.log.get_state(numbers_in([*rows, *roller.get("waiting", ())]))
+            state = {"roller": roller, "log": log, "rows": rows}
+        if self.across:
+            barrier("rows that are saved")
+            state = self._of_rollouts(state)
+        return state if is_main_process() else {}
 
     def set_state(self, *states: Any) -> None:
-        """Restores a state of `get_state`."""
-        (state,) = states
+        """Restores the states of `get_state` of all processes."""
+        state = states[0]
         batches = self.log.set_state(state["log"])
-        self.roller.set_state(state["roller"], batches)
-        self.jobs.clear()
-        for x in state["rows"]:
-            job: concurrent.futures.Future[Collected] = concurrent.futures.Future()
-            job.set_result(restored(x, batches, self.learner))
-            self.jobs[x["iteration"]] = job
-        self.begun = 1 + max(self.jobs, default=-1)
+        rows = {x["iteration"]: restored(x, batches, self.learner) for x in state["rows"]}
+        if self.learner.pools.rolls:
+            self.roller.set_state(state["roller"], batches)
+            self.jobs.clear()
+            for iteration, collected in rows.items():
+                job: concurrent.futures.Future[Collected] = concurrent.futures.Future()
+                job.set_result(collected)
+                self.jobs[iteration] = job
+        else:
+            waiting = state["roller"].get("waiting", ())
+            self.read.begin(batches, [x["uid"] for x in (*state["rows"], *waiting)])
+        self.begun = 1 + max(rows, default=-1)
 
     def close(self) -> None:
         """Waits for the rollout that runs."""
@@ -419,9 +527,37 @@ class Ahead:
         self.roller.close()
 
 
+class ReadAlong:
+    """The questions whose rows other processes roll out: they are read in the same order, and kept until the rows are there."""
+
+    def __init__(self, log: QuestionLog):
+        self.log = log
+        self.batches: dict[int, Questions] = {}
+        self.left: collections.Counter[int] = collections.Counter()  # batch -> prompts whose rows are not there yet
+
+    def begin(self, batches: Mapping[int, Questions], uids: Sequence[np.ndarray]) -> None:
+        """Restores the `batches`, of which the rows of the prompts `uids` (int32 [G, 2] each) are to come."""
+        self.batches = dict(batches)
+        self.left = collections.Counter(int(number) for uid in uids for number in uid[:, 0])
+
+    def batches_of(self, uid: np.ndarray) -> Mapping[int, Questions]:
+        """Returns the batches of prompts, int32 [G, 2]."""
+        while self.log.asked <= int(uid[:, 0].max()):
+            number = self.log.asked
+            self.batches[number] = self.log.ask(0)
+            self.left[number] = len(self.batches[number].examples)
+        return self.batches
+
+    def forget(self, uid: np.ndarray) -> None:
+        """Says that the rows of these prompts have arrived."""
+        self.left -= collections.Counter(uid[:, 0].tolist())  # without those of which none are left
+        self.batches = {number: batch for number, batch in self.batches.items() if number in self.left}
+        self.log.get_state(set())  # the other pool's log is the one that is saved
+
+
 def saved(collected: Collected) -> dict[str, Any]:
     """Converts rows to JSON values and arrays, without their images and examples."""
-    rows = jax.tree.map(np.asarray, as_dicts(collected.trajectories))
+    rows = jax.tree.map(np.asarray, as_dicts(collected.records))
     uid = collected.questions.prompts.uid
     if uid.ndim == 1:  # of `WholeBatches`, which asks for one batch an iteration
         uid = np.stack([np.full_like(uid, collected.questions.iteration), np.arange(len(uid), dtype=uid.dtype)], axis=1)
@@ -451,16 +587,17 @@ def source_of(learner: "Learner") -> Source:
             "a rollout_budget with a `collect` of one's own: with a budget rows are collected without that stage"
         )
     if config.staleness:
-        # What runs in the thread has a timer of its own, and is not abandoned: these signals are never given.
+        # What runs in the thread has a timer and a part of the rows of its own, and is not abandoned.
         learner = copy.copy(learner)
-        learner.notice = Notice(Signals())
+        learner.notice = NoNotice()
+        learner.shard = process_shard(learner.rollout_mesh) if learner.pools.rolls else NONE
     log = QuestionLog(learner.data, learner.ask)
     if config.rollout_budget.limits:
         roller: CarriedRows | WholeBatches = CarriedRows(learner, log)
     else:
         roller = WholeBatches(learner, log.ask if config.staleness else learner.ask)
     if not config.staleness:
-        return Together(roller, learner.policy, learner.data, log if config.rollout_budget.limits else None)
+        return Together(roller, learner, log if config.rollout_budget.limits else None)
 
     return Ahead(roller, learner, log)
 

@@ -6,14 +6,16 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.arrays import Params
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
 from pixel_jax.models.model import Model
+from pixel_jax.parallel.processes import broadcast
 from pixel_jax.parallel.sharding import is_variable, process_shard, shard, shardings, value_of
 
 T = TypeVar("T")
@@ -102,7 +104,57 @@ def are_apart(training: Mesh | None, rollouts: Mesh) -> bool:
             f"the mesh of training has the devices {ours}, that of rollouts {theirs}: they share {shared}; give rollouts the "
             "same devices, or none of them"
         )
-    return ours != theirs
+    if ours == theirs or jax.process_count() == 1:
+        return ours != theirs
+    here, there = (processes_of(mesh) for mesh in (training, rollouts))
+    if here != there and (both := sorted({*here} & {*there})):
+        raise ValueError(
+            f"the mesh of training has devices of the processes {here}, that of rollouts of {there}: they share {both}; give "
+            "both devices of the same processes, or each processes of its own"
+        )
+    first = {process: min(d.id for d in jax.devices() if d.process_index == process) for process in here}
+    if len({*here, *there}) < jax.process_count() or 0 not in here or not {*first.values()} <= {*ours}:
+        raise ValueError(
+            f"of {jax.process_count()} processes training has {here} and rollouts have {there}: with devices of their own, "
+            "each process has a part, and training has process 0 and the first device of each of its processes"
+        )
+    return True
+
+
+class Pools(NamedTuple):
+    """The processes that train and those that roll out."""
+
+    trainers: tuple[int, ...]
+    writers: tuple[int, ...]  # of the rows
+    apart: bool  # rollouts have devices of their own
+
+    @classmethod
+    def of(cls, training: Mesh | None, rollouts: Mesh | None) -> "Pools":
+        """Finds those of two meshes (`are_apart`)."""
+        apart = rollouts is not None and are_apart(training, rollouts)
+        if training is None:
+            return cls((jax.process_index(),), (jax.process_index(),), False)
+        return cls(tuple(processes_of(training)), tuple(processes_of(rollouts or training)), apart)
+
+    @property
+    def across(self) -> bool:
+        """Whether rollouts have processes of their own."""
+        return self.trainers != self.writers
+
+    @property
+    def trains(self) -> bool:
+        """Whether this process trains."""
+        return jax.process_index() in self.trainers
+
+    @property
+    def rolls(self) -> bool:
+        """Whether this process rolls out."""
+        return jax.process_index() in self.writers
+
+
+def processes_of(mesh: Mesh) -> list[int]:
+    """The processes that have devices of a mesh."""
+    return sorted({device.process_index for device in mesh.devices.flat})
 
 
 class Resharder:
@@ -111,18 +163,14 @@ class Resharder:
     Base weights are cast to `dtype` before they move (None: they keep the state's type). It should be the type in which training
     steps compute: a rollout reads the weights for every token, and its caches have the same type.
 
-    Frozen weights are moved once and kept; later only trained weights move. The meshes have the same devices or none in common,
-    and every process has the same shard of a batch on both.
+    Frozen weights are moved once and kept; later only trained weights move. The meshes have the same devices or none in common.
+    Between processes weights go over their hosts, one array after another: all of an array is on each device of `source`, and on
+    each host, for a moment.
     """
 
     def __init__(self, source: Mesh | None, target: Mesh | None, dtype: str | None = None):
         self.apart = target is not None and are_apart(source, target)
-        if self.apart and jax.process_count() > 1:
-            raise ValueError(
-                f"rollouts on devices of their own with {jax.process_count()} processes: weights are only moved between them "
-                "in one process; give rollouts the devices of training"
-            )
-        if target is not None and process_shard(source)[:2] != process_shard(target)[:2]:
+        if target is not None and not self.apart and process_shard(source)[:2] != process_shard(target)[:2]:
             raise ValueError(
                 f"a process has the shard {process_shard(source)[:2]} of a batch in training and "
                 f"{process_shard(target)[:2]} in rollouts"
@@ -132,17 +180,35 @@ class Resharder:
         self.frozen: Any = None
 
     def __call__(self, state: TrainState) -> Model:
-        """The model of `state` on the target mesh."""
+        """The model of `state` on the target mesh. All processes call it."""
         if self.target is None:
             return self._cast(state.model)
         if self.frozen is None:
             # A copy even of weights that are not moved, because the next update donates the state's buffers.
             kept = state.rest if self.apart else jax.tree.map(jax.numpy.copy, state.rest)
-            kept = self._cast(kept)
-            self.frozen = jax.device_put(kept, shardings(kept, self.target))
-        trainable = self._cast(state.trainable)
-        trainable = jax.device_put(trainable, shardings(trainable, self.target))
-        return _joined(trainable, self.frozen)
+            self.frozen = self._moved(self._cast(kept))
+        return _joined(self._moved(self._cast(state.trainable)), self.frozen)
+
+    def _moved(self, tree):
+        """Moves arrays from the source mesh to the target."""
+        assert self.target is not None
+        places = shardings(tree, self.target)
+        if not self.apart or jax.process_count() == 1:
+            return jax.device_put(tree, places)
+        assert self.source is not None
+        # `jax.device_put` to other devices of other processes is not there on CPUs: "The backend does not support cross-host
+        # device transfers". Where each process has a part of the source, nothing is sent but among its devices.
+        across = processes_of(self.source) != processes_of(self.target)
+        whole = NamedSharding(self.source, PartitionSpec())
+
+        def move(x: jax.Array, place: NamedSharding) -> jax.Array:
+            everywhere = jax.device_put(x, whole)
+            mine = [shard.data for shard in everywhere.addressable_shards[:1]]
+            host = np.asarray(mine[0]) if mine else np.zeros(x.shape, x.dtype)
+            host = broadcast(host, processes_of(self.source)[0]) if across else host
+            return jax.make_array_from_callback(x.shape, place, lambda index: host[index], dtype=x.dtype)
+
+        return jax.tree.map(move, tree, places)
 
     def _cast(self, tree):
         return tree if self.dtype is None else _cast(tree, self.dtype, self.source)

@@ -18,18 +18,19 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError, load
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
-from pixel_jax.parallel.sharding import shardings
+from pixel_jax.parallel.sharding import WHOLE, ProcessShard, shardings
 from pixel_jax.phases import Phase
 from pixel_jax.rollouts.config import RolloutBudget
+from pixel_jax.rollouts.rollout import static_shape
 from pixel_jax.training import loop, sources
 from pixel_jax.training import rl as rl_module
-from pixel_jax.training.checkpoint import CheckpointError
+from pixel_jax.training.checkpoint import CheckpointError, from_bytes, to_bytes
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.rewards import Rewards, Term
 from pixel_jax.training.rl import Learner, RLConfig, rl
-from pixel_jax.training.stages import Stages, advantages, collect
+from pixel_jax.training.stages import Collected, Questions, Stages, advantages, collect
 from pixel_jax.training.state import Resharder, init_state
 from pixel_jax.training.steps import ForwardConfig
 from pixel_jax.training.writers import read_metrics
@@ -125,7 +126,7 @@ def test_the_rows_are_those_of_the_policy_before(tmp_path, monkeypatch):
             number = max(0, i - 1)
             return self.roller.roll(jax.device_put(self.kept[number], shardings(self.kept[number], rolled)), i, number)
 
-    late = lambda learner: Late(sources.WholeBatches(learner, learner.ask), learner.policy, learner.data)
+    late = lambda learner: Late(sources.WholeBatches(learner, learner.ask), learner)
     monkeypatch.setattr(rl_module, "source_of", late)
     assert_same(ahead, run_ahead(tmp_path / "late"))
     assert lines_of(tmp_path / "ahead") == lines_of(tmp_path / "late")
@@ -261,6 +262,37 @@ def test_a_budget_that_is_never_spent_is_no_budget(tmp_path):
         assert b["rows_carried"] == b["prompts_waiting"] == b["token_age"] == 0
 
 
+# ---- parts of several processes
+
+
+def test_parts_of_the_rows_are_those_of_one_process_side_by_side():
+    """Both parts of a batch, and of its rows, make the whole; what is sent comes back as it was."""
+    data = test_rl.Questions()
+    log = sources.QuestionLog(data, lambda i: Questions(i, *next(data)))
+    questions = log.ask(0)
+    rows = test_rl.make_trajectories(1)
+    shape = static_shape(questions.prompts, test_rl.CONFIG.rollout, None)
+    whole = Collected(questions, rows, rows, shape, {"seconds": 1.5})
+    parts = [sources.shared(whole, ProcessShard(i, 2, (i,), ((0,), (1,)))) for i in range(2)]
+    assert [x for part in parts for x in part.questions.examples] == questions.examples
+    joined = jax.tree.map(lambda *xs: np.concatenate(xs), *[part.trajectories for part in parts])
+    assert_same(joined, rows)
+    assert all(part.records is rows for part in parts) and sources.shared(whole, WHOLE) is whole
+
+    # A process that does not roll out reads the questions in the same order, until all rows of a batch have arrived.
+    learner = types.SimpleNamespace(config=test_rl.CONFIG, mesh=None)
+    other = test_rl.Questions()
+    along = sources.ReadAlong(sources.QuestionLog(other, lambda i: Questions(i, *next(other))))
+    second = log.ask(1)
+    for asked in (second, questions):  # the later batch is done first
+        sent = from_bytes(to_bytes(sources.saved(whole._replace(questions=asked))))
+        got = sources.restored(sent, along.batches_of(sent["uid"]), learner)
+        assert list(got.questions.examples) == list(asked.examples) and got.metrics == {"seconds": 1.5}
+        assert_same(got.records, rows)
+        along.forget(sent["uid"])
+    assert not along.batches and along.log.asked == 2
+
+
 # ---- what is refused
 
 
@@ -308,13 +340,17 @@ def test_meshes_that_cannot_be_are_refused():
 
 def test_rows_written_ahead_have_the_devices_behind_those_of_training():
     def ids(mesh, shape, staleness=1):
-        config = types.SimpleNamespace(rollout_mesh=shape, learning=types.SimpleNamespace(staleness=staleness))
+        config = types.SimpleNamespace(
+            mesh=mesh, rollout_mesh=shape, learning=types.SimpleNamespace(staleness=staleness)
+        )
         phase = types.SimpleNamespace(ahead=staleness > 0, mesh=mesh and make_mesh(mesh), config=config)
         found = Phase.rollout_mesh.fget(phase)
         return found and [device.id for device in found.devices.flat]
 
     assert ids({"data": 4}, {"data": -1}) == [4, 5, 6, 7] and ids({"data": 2}, {"tensor": 4}) == [2, 3, 4, 5]
     assert ids({"data": 4}, {"data": 4}, staleness=0) == [0, 1, 2, 3] and ids({"data": 4}, {}, staleness=0) is None
+    with pytest.raises(UserError, match=r"config.mesh and config.rollout_mesh: .* they share \[0, 1\]"):
+        ids({"data": 4}, {"data": 2}, staleness=0)
     with pytest.raises(
         UserError, match="has all 8 devices, and config.rl.staleness needs some for config.rollout_mesh"
     ):

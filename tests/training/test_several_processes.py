@@ -126,6 +126,75 @@ def test_when_one_dies_and_no_collective_tells_jax_aborts_the_others(tmp_path):
     assert [code for code, _ in ended] == [-signal.SIGABRT, -signal.SIGKILL], ended
 
 
+def in_pools(directory, phase="pools", **settings):
+    directory.mkdir(exist_ok=True)
+    return fleet.start(2, WORKER, directory, json.dumps({"phase": phase, "steps": 3, **settings}), devices=4)
+
+
+@pytest.mark.slow
+def test_one_process_trains_while_another_rolls_out_ahead(tmp_path):
+    """To the bit as one process does; also when the one that rolls out is told to go, and both are started again."""
+    settings = {"pools": "apart"}
+    one = shared_worker.work(tmp_path / "one", "ahead", steps=3, **settings)
+    event = {"signal": int(signal.SIGTERM), "victim": 1, "batch": 2}
+    ended = fleet.wait(in_pools(tmp_path / "several", "ahead", **settings, **event), 600)
+    assert [code for code, _ in ended] == [CODE] * 2, ended
+    fleet.expect(in_pools(tmp_path / "several", "ahead", **settings))
+    for a, b in zip(one, fleet.weights(tmp_path / "several"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "several")]
+    for a, b in zip(*lines, strict=True):
+        assert a.keys() == b.keys()
+        assert {name: a[name] for name in a if "second" not in name} == {
+            name: b[name] for name in b if "second" not in name
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "pools, settings",
+    [
+        ("apart", {"staleness": 1, "lora": True}),
+        ("apart", {"staleness": 1, "tokens": 14}),
+        ("beside", {"staleness": 1}),
+        ("beside", {"staleness": 1, "tokens": 14}),
+        ("together", {"tokens": 14}),
+    ],
+)
+def test_rows_written_ahead_or_carried_over_by_two_processes_are_those_of_one(tmp_path, pools, settings):
+    """To the bit where training and rollouts have a process each, since each then computes what one process does."""
+    fleet.expect(in_pools(tmp_path / "several", pools=pools, **settings))
+    one = shared_worker.work(tmp_path / "one", "pools", pools=pools, steps=3, **settings)
+    several = fleet.weights(tmp_path / "several")
+    assert_same_run(one, several, (tmp_path / "one", tmp_path / "several"))
+    if pools == "apart":
+        for a, b in zip(one, several, strict=True):
+            np.testing.assert_array_equal(a, b)
+    lines = read_metrics(tmp_path / "several" / "metrics.jsonl")
+    if "staleness" in settings:
+        assert all(
+            {"seconds_waiting", "rollouts_seconds_rollout", "rollouts_seconds_waiting"} <= x.keys() for x in lines
+        )
+    if "tokens" in settings:
+        assert max(line["rows_carried"] for line in lines) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pools, victim", [("apart", 0), ("apart", 1), ("beside", 1)])
+def test_pools_of_two_processes_go_on_as_if_nothing_had_been(tmp_path, pools, victim):
+    """One process is killed, or told to go, when it asks for questions; rows that were written ahead and carry over are saved."""
+    settings = {"pools": pools, "staleness": 1, "tokens": 14}
+    fleet.expect(in_pools(tmp_path / "whole", **settings))
+    event = {"victim": victim, "batch": 2}
+    killed = fleet.wait(in_pools(tmp_path / "parts", **settings, signal=int(signal.SIGKILL), **event), 600)
+    assert killed[victim][0] == -signal.SIGKILL and killed[1 - victim][0] in (LOST, -signal.SIGABRT), killed
+    told = fleet.wait(in_pools(tmp_path / "parts", **settings, signal=int(signal.SIGTERM), **event), 600)
+    assert [code for code, _ in told] == [CODE] * 2, told
+    fleet.expect(in_pools(tmp_path / "parts", **settings))
+    for a, b in zip(fleet.weights(tmp_path / "whole"), fleet.weights(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2}])
 def test_tuning_by_four_processes_is_that_by_one(tmp_path, mesh):
