@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import pathlib
 import types
 
@@ -51,6 +52,20 @@ def test_a_conversation(speaker, talk, monkeypatch):
     assert [x.question for x in talker.transcripts][2] == "Are you sure?"
     for x in talker.transcripts:
         assert x.turns[0].role == "assistant"
+
+
+def test_text_is_shown_while_it_is_written(speaker, talk, monkeypatch):
+    """Before each step of the rollout, the screen has what was written before."""
+    talker, stream = talk
+    monkeypatch.setattr(chat, "BUDGET", 1)
+    advance, seen = Session.advance, []
+    monkeypatch.setattr(
+        Session, "advance", lambda self, budget: (seen.append(stream.getvalue()), advance(self, budget))[1]
+    )
+    talker.ask("Which digit?", [scripted_model.image(1, 120, 150)])
+    seen.append(stream.getvalue())
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+    assert len(set(seen[:-1])) > 2 and "model" in seen[-2]
 
 
 def test_calls_are_shown_as_they_happen(speaker, capsys):
