@@ -66,6 +66,8 @@ def main(command: str, arguments: list[str]) -> None:
 def show(paths: Sequence[pathlib.Path], source: "Source") -> None:
     """Serves the page until it is told to end."""
     try:
+        import uvicorn  # noqa: F401, it is needed when the runs are read
+
         from pixel_jax.viewer.app import make_app
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]', or give --out=FILE") from None
