@@ -54,18 +54,23 @@ def test_a_conversation(speaker, talk, monkeypatch):
         assert x.turns[0].role == "assistant"
 
 
-def test_text_is_shown_while_it_is_written(speaker, talk, monkeypatch):
+def test_text_is_shown_while_it_is_written(speaker, monkeypatch):
     """Before each step of the rollout, the screen has what was written before."""
-    talker, stream = talk
     monkeypatch.setattr(chat, "BUDGET", 1)
-    advance, seen = Session.advance, []
-    monkeypatch.setattr(
-        Session, "advance", lambda self, budget: (seen.append(stream.getvalue()), advance(self, budget))[1]
-    )
-    talker.ask("Which digit?", [scripted_model.image(1, 120, 150)])
-    seen.append(stream.getvalue())
-    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
-    assert len(set(seen[:-1])) > 2 and "model" in seen[-2]
+    advance, states = Session.advance, []
+    for seed in range(6):
+        stream, seen = io.StringIO(), []
+
+        def watched(self, budget, stream=stream, seen=seen):
+            seen.append(stream.getvalue())
+            return advance(self, budget)
+
+        monkeypatch.setattr(Session, "advance", watched)
+        talker = Chat(chat_at(speaker, 1.0), host=None, seed=seed, screen=Screen(stream))
+        talker.ask("Which digit?", [scripted_model.image(1, 120, 150)])
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise([*seen, stream.getvalue()]))
+        states.append(len(set(seen)))
+    assert max(states) > 3
 
 
 def test_calls_are_shown_as_they_happen(speaker, capsys):

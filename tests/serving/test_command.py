@@ -102,6 +102,8 @@ def test_adapters_by_name(directory, tmp_path):
         client = client_of(line)
         names = [model.id for model in client.models.list()]
         assert names == ["talker", "merged0", "merged1", "one", "adapter1"]
-        said = {x: client.chat.completions.create(**question(x)).choices[0].message.content for x in names}
+        said = {
+            x: client.chat.completions.create(**question(x), max_tokens=24).choices[0].message.content for x in names
+        }
     assert said["one"] == said["merged0"] and said["adapter1"] == said["merged1"]
     assert len({said["talker"], said["merged0"], said["merged1"]}) == 3
