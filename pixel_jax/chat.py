@@ -65,6 +65,8 @@ def main(command: str, arguments: list[str]) -> None:
     for name, path in (("--html", FLAGS.html), ("--json", FLAGS.json)):
         if path and not pathlib.Path(path).absolute().parent.is_dir():
             raise UserError(f"{name}={path}: there is no directory {str(pathlib.Path(path).parent)!r}")
+        if path and pathlib.Path(path).is_dir():
+            raise UserError(f"{name}={path} is a folder: give the name of a file in it")
     question = None if FLAGS.question is None else as_utf8(FLAGS.question, "--question")
     paths = list(map(local_path, arguments[1:]))
     check_files(paths, FLAGS.video)

@@ -32,9 +32,10 @@ def open_regular(path: str | os.PathLike, error: Callable[[str], Exception] = Fi
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as reason:
         raise error(f"{os.fspath(path)!r} cannot be opened: {getattr(reason, 'strerror', None) or reason}") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise error(f"{os.fspath(path)!r} is not a regular file")
+        raise error(f"{os.fspath(path)!r} is not a regular file" + ": it is a folder" * stat.S_ISDIR(mode))
     return open(descriptor, "rb")
 
 

@@ -27,7 +27,7 @@ class SizeSettings(NamedTuple):
 
 # Adapters on every linear layer of the decoder; the paper has none.
 ADAPTERS = {"rank": 64, "alpha": 128.0, "targets": r"model\.layers\..*"}
-SIZES = {"3b": SizeSettings(2, 128), "7b": SizeSettings(4, 64), "72b": SizeSettings(8, 64)}
+SIZES = {"3b": SizeSettings(2, 128), "7b": SizeSettings(4, 64), "32b": SizeSettings(8, 64), "72b": SizeSettings(8, 64)}
 LEARNING_RATES = {"full": 1e-6, "lora": 1e-5}  # by the weights that are trained
 EXAMPLES, QUERIES = 7_850, 15_400  # released traces (SFT) and questions (RL)
 

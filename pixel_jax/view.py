@@ -68,6 +68,8 @@ def main(command: str, arguments: list[str]) -> None:
 def show(paths: Sequence[pathlib.Path], source: "RunOpener") -> None:
     """Serves the page until Ctrl-C or SIGTERM."""
     try:
+        import uvicorn  # noqa: F401, it is needed when the runs are read
+
         from pixel_jax.viewer.app import make_app
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]', or give --out=FILE") from None

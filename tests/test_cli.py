@@ -89,6 +89,11 @@ MISTAKES = {
     "serve where others come": (["serve", "a", "--host=0.0.0.0"], 1, "PIXEL_JAX_API_KEY is not set: export PIXEL_JAX"),
     "serve nowhere": (["serve", "a", "--host=192.0.2.1", "--key=HOME"], 1, "--host=192.0.2.1 --port=8000 cannot be"),
     "two models of one name": (["serve", "x/a", "y/a"], 1, "two models are called 'a', x/a and y/a: name one as"),
+    "a page that is a folder": (
+        ["chat", "model", "--html=."],
+        1,
+        "--html=. is a folder: give the name of a file in it",
+    ),
     "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' cannot be opened"),
     "sft without a config": (["sft"], 1, "pixel-jax sft: give --config=...$"),
     "sft with a missing config": (

@@ -12,7 +12,7 @@ from pixel_jax.models.released import RELEASED, check_architecture, released, we
 from pixel_jax.train_config import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs/pixel"
-SIZES = ("3b", "7b", "72b")
+SIZES = ("3b", "7b", "32b", "72b")
 
 
 def read(name: str) -> TrainConfig:
@@ -136,7 +136,7 @@ def test_the_mesh_and_the_micro_batches_divide(size):
         assert text.num_key_value_heads % tensor == 0 and text.num_attention_heads % tensor == 0
         part = getattr(config, phase)
         rows = part.batch_size if phase == "sft" else part.train_batch
-        for chips in {"3b": (64, 128), "7b": (64, 256), "72b": (512,)}[size]:
+        for chips in {"3b": (64, 128), "7b": (64, 256), "32b": (256, 512), "72b": (512,)}[size]:
             assert rows // part.forward.micro_batches % (chips // tensor) == 0
         # Nothing that is shown is larger than the room there is for it.
         if phase == "sft":
@@ -195,7 +195,12 @@ def test_unknown_words_and_sizes_are_named():
 
 
 # Parameters of the released checkpoints: `total_size` of model.safetensors.index.json / 2 bytes.
-PARAMETERS = {"qwen2.5-vl-3b": 3_754_622_976, "qwen2.5-vl-7b": 8_292_166_656, "qwen2.5-vl-72b": 73_410_777_344}
+PARAMETERS = {
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "qwen2.5-vl-32b": 33_452_718_336,
+    "qwen2.5-vl-72b": 73_410_777_344,
+}
 
 
 @pytest.mark.parametrize("name", RELEASED)

@@ -316,7 +316,9 @@ def _reads(layout: Layout) -> Layout:
             except TemplateError as error:
                 errors.append(error)
                 continue
-            if SYSTEM in text and FIRST in text:
+            if lists and f"'text': {FIRST!r}" in text:
+                errors.append(TemplateError("it writes the parts of a message as a list, not their texts"))
+            elif SYSTEM in text and FIRST in text:
                 return layout
     raise errors[0] if errors else TemplateError("it does not write the text of a question")
 

@@ -184,10 +184,15 @@ class Observations:
                 row += [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(after, **guard)]
             return row
 
-        def braced(text: str, place: Place) -> list[_Segment]:
-            """Returns the segments of a text with braces."""
+        def braced(opening: str, text: str, closing: str, place: Place) -> list[_Segment]:
+            """Returns the segments of a text with braces between two of the template's, whose braces are letters."""
             row: list[_Segment] = []
             *stretches, last = _split(text)
+            last = (last[0] + closing, "")
+            if stretches:
+                stretches[0] = (opening + stretches[0][0], stretches[0][1])
+            else:
+                last = (opening + last[0], "")
             for i, (before, what) in enumerate(stretches):
                 if what != "list":
                     row += integer(before, int(what), place)
@@ -213,12 +218,13 @@ class Observations:
             shown = kind.outcome.images if vocabulary.image_pad != ABSENT else 0
             row = marks(head)
             if not shown:
-                row += braced(opening + text + behind + closing, Place.SPECIAL)
+                row += braced(opening, text + behind, closing, Place.SPECIAL)
             elif layout.images_first:
                 row += [*marks((opening,) if opening else ()), *images(shown)]
-                row += braced(text + behind + closing, Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL)
+                place = Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL
+                row += braced("", text + behind, closing, place)
             else:
-                row += [*braced(opening + text, Place.SPECIAL), *images(shown)]
+                row += [*braced(opening, text, "", Place.SPECIAL), *images(shown)]
                 row += marks((behind + closing,) if behind + closing else ())
             rows.append([*row, *marks(rest)])
         width = max(map(len, rows))

@@ -81,7 +81,7 @@ def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
                 raise FileError(f"{directory / INDEX} says that {name!r} holds tensor {key!r}, which it does not")
         stored = [opened[name][key] for key, name in index.items()]
     else:
-        raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+        raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}: {_what_to_do(directory)}")
     unread = [tensor.name for tensor in stored if names.unread and re.fullmatch(names.unread, tensor.name)]
     if unread:
         logging.warning(
@@ -100,6 +100,14 @@ def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
     return tensors
 
 
+def _what_to_do(directory: Path) -> str:
+    """Says how a directory without readable weights gets some."""
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        return f"{pickles[0]} is a pickle, which is never read; transformers' save_pretrained writes the model anew"
+    return "copy or download them, too"
+
+
 def _read_index(directory: Path) -> dict[str, str]:
     """Reads {key: name of the file that holds it}."""
     path = directory / INDEX
@@ -111,7 +119,7 @@ def _read_index(directory: Path) -> dict[str, str]:
         if name != Path(name).name or name in ("", ".."):
             raise FileError(f"{path} points outside the directory: {name!r}")
         if not os.path.lexists(directory / name):
-            raise FileNotFoundError(f"{path} names {name!r}, which does not exist")
+            raise FileNotFoundError(f"{path} names {name!r}, which does not exist: copy or download it, too")
     return index
 
 

@@ -87,13 +87,13 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Processor | N
         the file has no tokenizer.
 
     Raises:
-        FileError: the file is damaged, or of a kind that is not supported. The message says which.
-        ImportError: the package `gguf` is not installed.
+        FileError: the file is damaged, or of a kind that is not supported, or the package `gguf` is not installed. The message
+            says which.
     """
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ImportError(f"{path} needs the package gguf: pip install 'pixel_jax[gguf]'") from None
+        raise FileError(f"{path} needs the package gguf: pip install 'pixel_jax[gguf]'") from None
     open_regular(path).close()
     try:
         reader = GGUFReader(path)

@@ -20,7 +20,7 @@ from pixel_jax.models.families import read_config
 from pixel_jax.models.gguf_files import find_gguf, read_gguf
 from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.peft import CONFIG as ADAPTER
-from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
+from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter, open_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.side_files import is_side_file
 from pixel_jax.models.tensors import Tensor
@@ -53,6 +53,8 @@ def from_pretrained(
     """
     directory = Path(path)
     config, tensors, processor, config_dtype = open_model(directory)
+    if adapter is not None:  # before the weights are read, which takes long
+        _warn_of_another(directory, open_adapter(Path(adapter)), adapter)
     abstract = jax.eval_shape(functools.partial(LanguageModel, config), jax.random.key(0))
     if mesh is None:
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -63,7 +65,6 @@ def from_pretrained(
         shardings = shardings_of(abstract, mesh)
     model = load_weights(abstract, tensors, directory, shardings, dtype, config_dtype=config_dtype)
     if adapter is not None:
-        _warn_of_another(directory, Path(adapter))
         model = load_adapter(model, adapter)
     return model, processor
 
@@ -123,18 +124,20 @@ def _what_it_is(directory: Path) -> str:
         except (FileError, LookupError, TypeError):
             base = "its base model"
         return f". It holds an adapter ({ADAPTER}): give the directory of {repr(base)[:100]}, and this one as `adapter`"
-    if (directory / "model" / CONFIG).is_file():
-        return f". It holds one: {directory / 'model'}"
+    if directory.is_file():
+        return ". It is a file: give the directory that it is in, or a GGUF file"
     if (directory / UNFINISHED).is_dir():
         return f". Saving a model there was cut short ({UNFINISHED}): save it again"
-    return ""
+    if inside := sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}")):
+        return f". It holds {'one' if len(inside) == 1 else 'several'}: {', '.join(inside[:3])}"
+    if any(is_weight_file(path.name) for path in directory.glob("*.safetensors*")):
+        return ", which belongs beside its weights: copy or download it, too"
+    return ": give a directory with one and safetensors files, as Hugging Face's have them"
 
 
-def _warn_of_another(directory: Path, adapter: Path) -> None:
+def _warn_of_another(directory: Path, config: PEFTConfig, adapter: str | os.PathLike[str]) -> None:
     """Warns if an adapter names another directory as its base: on its merged model it would count twice."""
-    if not (adapter / ADAPTER).is_file():
-        return
-    base = PEFTConfig.read(adapter / ADAPTER).base
+    base = config.base
     if base is not None and (Path(base) / CONFIG).is_file() and Path(base).resolve() != directory.resolve():
         warn(f"the adapter {adapter} belongs to the model {base}, and is put on {directory}")
 

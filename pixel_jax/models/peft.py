@@ -233,13 +233,7 @@ def shape_adapter(model: M, path: str | os.PathLike[str]) -> M:
 
 def _adapted(model: M, directory: Path, attach: Callable[..., None]) -> M:
     """Puts the adapter of a directory on a model; `attach` gives a linear layer its factors."""
-    if not (directory / CONFIG).is_file():
-        raise FileNotFoundError(f"{directory} is no adapter of PEFT: it has no {CONFIG}")
-    config = PEFTConfig.read(directory / CONFIG)
-    if not (directory / WEIGHTS).is_file():
-        pickled = (directory / PICKLE).is_file()
-        remedy = f"; {PICKLE} is a pickle, which is never read: save it with safe_serialization=True" if pickled else ""
-        raise FileNotFoundError(f"{directory} has no {WEIGHTS}{remedy}")
+    config = open_adapter(directory)
     model = copied(model)
     layers = dict(linears(model))
     if adapted := [name for name, linear in layers.items() if linear.lora_a is not None]:
@@ -252,6 +246,33 @@ def _adapted(model: M, directory: Path, attach: Callable[..., None]) -> M:
     except ValueError as error:  # of a pattern
         raise error if isinstance(error, FileError) else FileError(f"{directory / CONFIG}: {error}") from None
     return model
+
+
+def open_adapter(directory: Path) -> PEFTConfig:
+    """Reads the configuration of an adapter, before any weights.
+
+    Raises:
+        FileNotFoundError: the directory is no adapter.
+        FileError: the configuration is damaged or asks for what is not supported.
+    """
+    if not (directory / CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} is no adapter of PEFT: it has no {CONFIG}{_what_it_is(directory)}")
+    config = PEFTConfig.read(directory / CONFIG)
+    if not (directory / WEIGHTS).is_file():
+        pickled = (directory / PICKLE).is_file()
+        remedy = f"; {PICKLE} is a pickle, which is never read: save it with safe_serialization=True" if pickled else ""
+        raise FileNotFoundError(f"{directory} has no {WEIGHTS}{remedy}")
+    return config
+
+
+def _what_it_is(directory: Path) -> str:
+    """Says what a path holds instead of an adapter, as the end of a message."""
+    if not directory.exists():
+        return (
+            f". There is nothing at {directory.absolute()}, and adapters are not downloaded: give the directory of one"
+        )
+    inside = [directory / place for place in (FOLDER, f"model/{FOLDER}") if (directory / place / CONFIG).is_file()]
+    return "".join(f". It holds one: {path}" for path in inside[:1])
 
 
 def _layer_names(model: Model) -> dict[str, LayerName]:
@@ -279,7 +300,8 @@ def _factors(
             continue
         layer = known.get(_ours(model, module))
         if layer is None:
-            raise tensor.error(f"belongs to {module!r}, which is no linear layer of this model")
+            made = "" if config.base is None else f": the adapter was made for {config.base[:100]!r}"
+            raise tensor.error(f"belongs to {module!r}, which is no linear layer of this model{made}")
         if not config.targeted(module):
             raise tensor.error("is not among the target_modules of the configuration")
         if factors.setdefault(layer, {}).setdefault(kind[0], tensor) is not tensor:

@@ -4,6 +4,7 @@ Images are resized by `host_crop_resize`: the same bits as `pixel_jax.ops.crop_r
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,11 @@ class Processor:
         return self.min_pixels, self.max_pixels, self.video, self.sampling
 
     def __call__(
-        self, text: str | list[str], images: list | None = None, videos: list | None = None, fps: float = 2.0
+        self,
+        text: str | list[str],
+        images: list | None = None,
+        videos: list | None = None,
+        fps: float | Sequence[float] = 2.0,
     ) -> dict[str, np.ndarray]:
         """Returns the keyword arguments of `pixel_jax.forward`.
 
@@ -132,12 +137,15 @@ class Processor:
                 stands for the next image (video).
             images: Pillow images (`pixel_jax.pictures.rgb`) or uint8 [h, w, 3], of all texts in order.
             videos: uint8 [t, h, w, 3] or lists of images, all frames of one size; already sampled.
-            fps: frames of a video in a second, as it was sampled.
+            fps: frames in a second, as the videos were sampled: of all of them, or of each.
 
         Raises:
-            ValueError: the text has more or fewer placeholders than there are images or videos.
+            ValueError: the text has more or fewer placeholders than there are images or videos, or `fps` more or fewer rates.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        rates = np.broadcast_to(fps, len(videos or [])) if np.ndim(fps) == 0 else np.asarray(fps)
+        if rates.shape != (len(videos or []),) or not (np.isfinite(rates) & (rates > 0)).all():
+            raise ValueError(f"fps is {fps}: give one rate above 0, or one for each of the {len(videos or [])} videos")
         out: dict[str, np.ndarray] = {}
         shown: dict[str, list[str]] = {}  # placeholder -> what stands for its items
         items_by_kind = [[[image] for image in images or []], [list(video) for video in videos or []]]
@@ -159,11 +167,13 @@ class Processor:
                 pixels, grids = zip(*(self.patches(frames, kind == "video") for frames in items), strict=True)
                 out[keys[0]], out[keys[1]] = np.concatenate(pixels), np.array(grids, np.int32)
             shown[placeholder] = [
-                self._shown(grid, placeholder, kind, len(frames), fps)
-                for grid, frames in zip(grids, items, strict=True)
+                self._shown(grid, placeholder, kind, len(frames), rate)
+                for grid, frames, rate in zip(
+                    grids, items, rates if kind == "video" else [0.0] * len(items), strict=True
+                )
             ]
         if videos and self.vision is not None and not self.family.splits_videos:
-            out["second_per_grid_ts"] = np.full(len(videos), self.vision.temporal_patch_size / fps, np.float32)
+            out["second_per_grid_ts"] = (self.vision.temporal_patch_size / rates).astype(np.float32)
         # With the token that some tokenizers put before every text (LLaVA's does), as transformers' processors.
         rows = [self.tokenizer.encode(_expand(t, shown)) for t in texts]
         length = max(map(len, rows))

@@ -1,7 +1,7 @@
 """The released networks by name, with their shapes, which are known without the weights.
 
-Source: `config.json` of Qwen/Qwen2.5-VL-{3B,7B,72B}-Instruct; the technical report (arXiv:2502.13923, Table 1) has the same
-sizes but for the vision tower's MLP, whose width is 3456 there and 3420 in the two smaller checkpoints.
+Source: `config.json` of Qwen/Qwen2.5-VL-{3B,7B,32B,72B}-Instruct; the technical report (arXiv:2502.13923, Table 1) has the
+sizes of all but 32B, the same but for the vision tower's MLP, whose width is 3456 there and 3420 in the two smaller checkpoints.
 """
 
 import jax
@@ -31,6 +31,7 @@ def _network(text: tuple[int, ...], vision_mlp: int, vocab: int, tied: bool = Fa
 RELEASED = {
     "qwen2.5-vl-3b": _network((2048, 11008, 36, 16, 2), 3420, 151936, tied=True),
     "qwen2.5-vl-7b": _network((3584, 18944, 28, 28, 4), 3420, 152064),
+    "qwen2.5-vl-32b": _network((5120, 27648, 64, 40, 8), 3456, 152064),
     "qwen2.5-vl-72b": _network((8192, 29568, 80, 64, 8), 3456, 152064),
 }
 

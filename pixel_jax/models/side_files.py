@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model")  # one of them holds the tokens
 PREPROCESSOR, VIDEO_PREPROCESSOR = "preprocessor_config.json", "video_preprocessor_config.json"
 NESTED = "processor_config.json"  # where transformers 5 keeps the same fields, under "image_processor"
 GENERATION = "generation_config.json"
@@ -103,6 +104,8 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a directory whose files `read_side_files` has read; FileError if it cannot be made of them."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        raise FileError(f"{directory} has {TOKENIZER_CONFIG} and no {TOKENIZER}: copy or download it, too")
     try:
         # For some families AutoTokenizer splits texts as their first release did, whatever tokenizer.json says.
         kind = PreTrainedTokenizerFast if _is_plain(directory) else AutoTokenizer

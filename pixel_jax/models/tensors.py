@@ -28,6 +28,7 @@ OTHERS = {
     "F4": 4,
 }
 MAX_HEADER = 100_000_000  # bytes, as in the safetensors library
+POINTER = b"version https://git-lfs"  # the beginning of what a clone without Git LFS has instead of a file
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     """
     with open_regular(path) as file:
         size = file.seek(0, 2)
+        file.seek(0)
+        if file.read(len(POINTER)) == POINTER:
+            raise FileError(f"{path} is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`")
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
@@ -110,7 +114,7 @@ def _view(content: mmap.mmap, dtype: str, shape: tuple[int, ...], start: int) ->
 
 
 def _damaged(path: Path, what: str) -> FileError:
-    return FileError(f"{path}: truncated or damaged: {what}")
+    return FileError(f"{path}: truncated or damaged: {what}; copy or download the file again")
 
 
 def is_finite(values: np.ndarray) -> bool:

@@ -67,10 +67,12 @@ def main(command: str, arguments: list[str]) -> None:
             "your choice, or leave --host out"
         )
     try:
+        import uvicorn  # noqa: F401, it is needed when the models are loaded
+
         from pixel_jax.serving.app import make_app
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]'") from None
-    from pixel_jax.models.peft import load_adapter
+    from pixel_jax.models.peft import load_adapter, open_adapter
     from pixel_jax.serving.engine import Engine
     from pixel_jax.serving.metrics import Metrics
     from pixel_jax.serving.session import Session
@@ -78,6 +80,8 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.tools.named import DEFAULT
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
+    for adapter in adapters.values():  # before a model is read, which takes long
+        open_adapter(pathlib.Path(adapter))
     listener = listen(FLAGS.host, FLAGS.port)
     announce_compiles()
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)

@@ -229,6 +229,8 @@ def _read_parts(content: Any, where: str, shape: BatchShape, left: int, *, image
                     )
                 left -= 1
                 parts.append(read_data_url(url, f"{here}.image_url.url", shape))
+            case {"type": "video" | "video_url" | "input_video"} if images:
+                raise _refusal(here, part, "the server reads no videos: send frames, as images in their order")
             case _:
                 kinds = "{'type': 'text', 'text': ...}"
                 kinds += (

@@ -25,6 +25,11 @@ OWN = (
     "<bot>{% for m in messages %}<turn>{{ {'user': 'human', 'assistant': 'model'}.get(m.role, m.role) }}: {{ m.content | trim }}."
     "<stop>{% endfor %}{% if add_generation_prompt %}<turn>model: {% endif %}"
 )
+# Made up: each message as an object, whose braces are letters.
+OBJECTS = (
+    "{% for m in messages %}<turn>{'{{ m.role }}': {says: {{ m.content }}}}<stop>{% endfor %}"
+    "{% if add_generation_prompt %}<turn>{'assistant': {says: {% endif %}"
+)
 # name -> template, special tokens (the first two: bos and eos)
 KINDS = {
     "qwen2-vl": (QWEN2_5, ["<|endoftext|>", "<|im_end|>", "<|im_start|>", *VISION]),
@@ -35,6 +40,7 @@ KINDS = {
     "llama2": (LLAMA2, ["<s>", "</s>"]),
     "llava": (LLAVA, ["<s>", "</s>", "<image>"]),
     "own": (OWN, ["<bot>", "<stop>", "<turn>"]),
+    "objects": (OBJECTS, ["<bot>", "<stop>", "<turn>"]),
 }
 
 
@@ -220,6 +226,7 @@ PROMPT = "{% if add_generation_prompt %}<turn>assistant {% endif %}"
         ("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}", r"the tokenizer has no special token <\|end\|>"),
         (ROLES + "{% if messages|length > 2 %}again{% endif %}" + PROMPT, "behind the first question it writes"),
         ("nothing", "does not write the text of a question"),
+        ("{% for m in messages %}<turn>{{ m.content[::-1] }}<stop>{% endfor %}", "writes the parts of a message as a list"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}", "names no eos_token"),
         ("{{ strftime_now('%d') }}" + ROLES, "'strftime_now' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),

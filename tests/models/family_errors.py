@@ -44,7 +44,7 @@ def measured(test, *arguments) -> str:
 
 def main() -> None:
     rows = [
-        "| family | vision tower | logits, padded left | right | with a video | cached steps |",
+        "| family | vision tower | logits, padded left | right | with videos | cached steps |",
         "|---|---|---|---|---|---|",
     ]
     for name in tiny_families.VALUES:
@@ -53,7 +53,7 @@ def main() -> None:
             measured(families.test_tower, name) if visual else "",
             measured(families.test_logits, name, "left"),
             measured(families.test_logits, name, "right"),
-            measured(families.test_video_and_image, name) if qwen else "",
+            measured(families.test_videos_and_images, name) if qwen else "",
             measured(families.test_cached_steps_equal_the_full_forward, name),
         ]
         rows.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")

@@ -217,8 +217,13 @@ def test_truncated_file(directory):
     path = directory / "model.safetensors"
     for keep in (path.stat().st_size - 100, 1000, 4):
         path.write_bytes(path.read_bytes()[:keep])
-        with pytest.raises(ValueError, match="model.safetensors: truncated or damaged"):
+        with pytest.raises(
+            ValueError, match="model.safetensors: truncated or damaged: .*; copy or download the file again"
+        ):
             pixel_jax.from_pretrained(directory)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n")
+    with pytest.raises(ValueError, match="model.safetensors is a pointer of Git LFS, .* `git lfs pull`"):
+        pixel_jax.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
@@ -238,7 +243,7 @@ def index_alone(directory):
 def test_wrong_index(directory):
     index = index_alone(directory)
     index.write_text(json.dumps({"weight_map": {NORM: "other.safetensors"}}))
-    with pytest.raises(FileNotFoundError, match="names 'other.safetensors', which does not exist"):
+    with pytest.raises(FileNotFoundError, match="names 'other.safetensors', which does not exist: copy"):
         pixel_jax.from_pretrained(directory)
     index.write_text(json.dumps({"weight_map": {"ghost": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(ValueError, match="holds tensor 'ghost', which it does not"):
@@ -254,10 +259,29 @@ def test_wrong_index(directory):
 
 
 def test_nothing_there(tmp_path, directory):
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match="has no config.json. There is nothing at"):
         pixel_jax.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="has no config.json. It is a file: give the directory that it is in"):
+        pixel_jax.from_pretrained(directory / "model.safetensors")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match="has no config.json. It holds one: .*runs/a$"):
+        pixel_jax.from_pretrained(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no config.json: give a directory with one"):
+        pixel_jax.from_pretrained(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").touch()
+    with pytest.raises(
+        FileNotFoundError, match="has no config.json, which belongs beside its weights: copy or download it"
+    ):
+        pixel_jax.from_pretrained(tmp_path / "empty")
     (directory / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor .*: copy or download them, too"):
+        pixel_jax.from_pretrained(directory)
+    (directory / "pytorch_model.bin").touch()
+    with pytest.raises(
+        FileNotFoundError, match="pytorch_model.bin is a pickle, which is never read; .* save_pretrained"
+    ):
         pixel_jax.from_pretrained(directory)
     (directory / "config.json").write_text("not json")
     with pytest.raises(ValueError, match="config.json is not JSON"):

@@ -4,6 +4,7 @@
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,34 +99,87 @@ def compare_logits(name, side, rng, ours, theirs):
     assert relative(got[mask == 1], expected[mask == 1]) < 1e-5
 
 
+class Shown(NamedTuple):
+    """A row that shows videos and images, for both sides: tokens, pixels and grids, items in order of appearance."""
+
+    ids: list[int]
+    images: list[tuple[int, int, int]]  # their grids
+    videos: list[tuple[int, int, int]]
+    items: list[tuple[int, int, int]]  # grids; where a video is split, of each pair of its frames
+    seconds: list[float]  # of each item, between pairs of frames
+
+
+def mixed(name, vision, *shown):
+    """A row of (kind, grid, seconds): videos and images in any order, with text between them."""
+    row = Shown([1], [], [], [], [])
+    for number, (kind, grid, seconds) in enumerate(shown):
+        pad, known = (IMAGE, row.images) if kind == "image" else (VIDEO, row.videos)
+        known.append(grid)
+        slices = [(1, *grid[1:])] * grid[0] if name.startswith("qwen3") else [grid]
+        for piece in slices:  # behind its time in the text
+            row.ids.extend([10 + number, *show(piece, pad, vision)])
+            row.items.append(piece)
+            row.seconds.append(seconds if name == "qwen2_5_vl" and kind == "video" else 0.0)
+    row.ids.extend([3, 4])
+    return row
+
+
+MIXED = (
+    (("video", (3, 4, 6), 1.5), ("image", (1, 6, 2), 0.0), ("video", (2, 2, 4), 0.5)),
+    (("image", (1, 2, 4), 0.0), ("video", (1, 4, 4), 1.0)),
+)
+
+
+def arrays_of(rows, side, rng, vision):
+    """The arrays of rows that are padded on one side, without what is a family's own."""
+    ids, mask = padded([row.ids for row in rows], side)
+    arrays = {"input_ids": ids, "attention_mask": mask}
+    for key, grids in (
+        ("pixel_values", [grid for row in rows for grid in row.images]),
+        ("pixel_values_videos", [grid for row in rows for grid in row.videos]),
+    ):
+        count = sum(map(math.prod, grids))
+        arrays[key] = rng.standard_normal((count, vision.patch_dim), dtype=np.float32)
+        arrays["video_grid_thw" if "videos" in key else "image_grid_thw"] = np.array(grids)
+    return arrays
+
+
+def our_positions(model, rows, arrays):
+    """Positions [3, rows, length], and where each row goes on."""
+    most = max(len(row.items) for row in rows)
+    filled = lambda values, nothing: [[*x, *[nothing] * (most - len(x))] for x in values]
+    items = np.array(filled([[model.config.vision.token_grid(x) for x in row.items] for row in rows], (0, 0, 0)))
+    seconds = np.array(filled([row.seconds for row in rows], 0.0), np.float32)
+    ids, valid = jnp.array(arrays["input_ids"]), jnp.array(arrays["attention_mask"]) == 1
+    return model.positions(ids, valid, items, seconds, jnp.zeros(len(rows), jnp.int32))
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("name", parameters(QWEN))
-def test_video_and_image(name, rng):
-    """A video before an image. transformers since 5.3 starts the text after a video of Qwen2-VL elsewhere: it gets our
-    positions. Qwen3-VL's video is one item for each pair of frames, behind its time in the text."""
+def test_videos_and_images(name, rng):
+    """Several videos in a row, mixed with images; another row, padded. transformers since 5.3 starts the text after a video of
+    Qwen2-VL elsewhere: it gets our positions, which are those of 4.49 (`test_positions.py`)."""
+    import torch
+
     ours, theirs = pair(name)
-    vision, video, image = ours.config.vision, (3, 4, 6), (1, 6, 2)
-    slices = [(1, *video[1:])] * video[0] if ours.config.splits_videos else [video]
-    shown = [token for number, grid in enumerate(slices) for token in (10 + number, *show(grid, VIDEO, vision))]
-    ids = np.array([[1, *shown, 2, *show(image, IMAGE, vision), 3, 4, 5]])
-    valid = np.ones(ids.shape, bool)
-    arrays = {
-        "input_ids": ids,
-        "attention_mask": valid.astype(np.int64),
-        **pixels_of(rng, [image], vision),
-        "pixel_values_videos": rng.standard_normal((math.prod(video), vision.patch_dim), dtype=np.float32),
-        "video_grid_thw": np.array([video]),
-    }
-    items = np.array([[*slices, image]])
-    timed = {"second_per_grid_ts": [1.5]} if name == "qwen2_5_vl" else {}  # whose positions follow the seconds
-    seconds = np.zeros(items.shape[:2])
-    seconds[0, 0] = 1.5 * bool(timed)
-    positions, _ = ours.positions(jnp.array(ids), valid, items, seconds, jnp.zeros(1, jnp.int32))
-    given = {} if ours.config.splits_videos else {"position_ids": np.asarray(positions, np.int64)}
-    expected = their_logits(theirs, **arrays, **typed(name, ids), **given)
-    got = pixel_jax.forward(ours, **arrays, **timed)
-    assert relative(got, expected) < 1e-5
-    assert relative(got, pixel_jax.forward(ours, **arrays, position_ids=np.asarray(positions))) < 1e-5
+    vision, rows = ours.config.vision, [mixed(name, ours.config.vision, *shown) for shown in MIXED]
+    for side in ("left", "right"):
+        arrays = arrays_of(rows, side, rng, vision)
+        mask = arrays["attention_mask"] == 1
+        typing = typed(name, arrays["input_ids"])
+        positions, _ = our_positions(ours, rows, arrays)
+        given = {"position_ids": np.asarray(positions, np.int64)}
+        if ours.config.splits_videos:
+            known = {key: arrays[key] for key in ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw")}
+            known = {key: torch.tensor(np.asarray(x)) for key, x in (known | typing).items()}
+            expected = theirs.model.get_rope_index(**known)[0].numpy()
+            np.testing.assert_array_equal(np.asarray(positions)[:, mask], expected[:, mask])
+            given = {}
+        timed = {"second_per_grid_ts": [1.5, 0.5, 1.0]} if name == "qwen2_5_vl" else {}
+        expected = their_logits(theirs, **arrays, **typing, **given)
+        got = pixel_jax.forward(ours, **arrays, **timed)
+        assert relative(got[mask], expected[mask]) < 1e-5
+        assert relative(pixel_jax.forward(ours, **arrays, position_ids=np.asarray(positions))[mask], got[mask]) < 1e-5
 
 
 @pytest.mark.torch

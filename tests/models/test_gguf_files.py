@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -174,6 +175,13 @@ def test_what_is_refused(tmp_path, change, message):
     path = write(tmp_path / "x.gguf", "llama", tiny_llama(), change)
     with pytest.raises(FileError, match=message):
         pixel_jax.from_pretrained(path)
+
+
+def test_without_the_package_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").touch()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(FileError, match=r"a.gguf needs the package gguf: pip install 'pixel_jax\[gguf\]'"):
+        pixel_jax.from_pretrained(tmp_path / "a.gguf")
 
 
 def test_damaged_files(tmp_path):

@@ -1,12 +1,14 @@
-"""Greedy conversations, token for token as transformers' `generate`: two turns, and where the family sees, an image in each."""
+"""Greedy conversations, token for token as transformers' `generate`: two turns, and where the family sees, an image in each;
+and about several videos and an image."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_families import grids_of, pixels_of, show, typed
+from test_families import MIXED, QWEN, arrays_of, grids_of, mixed, our_positions, pixels_of, show, typed
 from tiny_families import END, IMAGE, START, VALUES, VIDEO, pair, parameters
 
+import pixel_jax
 from pixel_jax.models import LanguageModel
 from pixel_jax.models.io import patched
 
@@ -35,6 +37,7 @@ class Conversation:
         self.next, self.run = jnp.zeros(1, jnp.int32), jax.jit(LanguageModel.step)
 
     def read(self, ids, grid=None, pixels=None):
+        """Tokens, with an image of `grid` among them."""
         model, vision, ids = self.model, self.model.config.vision, jnp.array([ids])
         features, grids = None, np.zeros((1, 0, 3), np.int32)
         if vision is not None and grid is not None:
@@ -82,3 +85,30 @@ def test_two_turns(name, rng):
         written = talk.write(talk.read(new, grids[turn], pixels[turn]))
         assert written == expected, turn
         ids += written
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", parameters(QWEN))
+def test_videos_and_an_image(name, rng, monkeypatch):
+    """What is written about two videos with an image between them. Where a video is not split, transformers gets our positions,
+    as in `test_families.py`; those of what it writes are its own."""
+    import torch
+
+    ours, theirs = pair(name)
+    row = mixed(name, ours.config.vision, *MIXED[0])
+    arrays = arrays_of([row], "left", rng, ours.config.vision)
+    positions, end = our_positions(ours, [row], arrays)
+    if not ours.config.splits_videos:
+        moved = torch.tensor([[int(end[0]) - len(row.ids)]])
+        given = torch.tensor(np.asarray(positions, np.int64))
+        monkeypatch.setattr(theirs.model, "get_rope_index", lambda *_, **__: (given, moved))
+    expected = theirs_writes(theirs, name, row.ids, arrays)
+    timed = {"second_per_grid_ts": [1.5, 0.5]} if name == "qwen2_5_vl" else {}
+    written = []
+    for _ in range(NEW):
+        arrays["input_ids"] = np.array([row.ids + written])
+        arrays["attention_mask"] = np.ones_like(arrays["input_ids"])
+        logits = pixel_jax.forward(ours, **arrays, **timed)[0, -1].copy()
+        logits[BANNED] = -np.inf
+        written.append(int(logits.argmax()))
+    assert written == expected

@@ -144,7 +144,7 @@ Q = f"{PREFIX}model.language_model.layers.1.self_attn.q_proj.lora_A.weight"
     (lambda t: t.update({Q: np.full((2, 32), np.nan, np.float32)}), "q_proj.lora_A.* holds NaN"),
     (lambda t: t.update({Q: np.zeros((2, 32), np.int32)}), "dtype I32"),
     (lambda t: t.update({Q.replace("q_proj", "o_proj"): t[Q]}), "o_proj.* not among the target_modules"),
-    (lambda t: t.update({Q.replace("layers.1", "layers.7"): t[Q]}), "no linear layer of this model"),
+    (lambda t: t.update({Q.replace("layers.1", "layers.7"): t[Q]}), "no linear layer of this model: .* made for 'some/model'"),
     (lambda t: t.update({Q.replace("language_model.", ""): t[Q]}), "twice, in two spellings"),
     (lambda t: t.update({Q.replace("lora_A.weight", "lora_magnitude_vector"): t[Q]}), "lora_magnitude.*DoRA.*merge it"),
     (lambda t: t.update({Q.replace("A.weight", "B.bias"): t[Q]}), "B.bias.*lora_bias: merge"),
@@ -188,8 +188,17 @@ def test_configurations_that_are_refused(model, copy, fields, message):
 
 
 def test_no_adapter_there(model, directory, copy):
-    with pytest.raises(FileNotFoundError, match="is no adapter of PEFT: it has no adapter_config.json"):
+    with pytest.raises(
+        FileNotFoundError, match="is no adapter of PEFT: it has no adapter_config.json. There is nothing at"
+    ):
         pixel_jax.load_adapter(model, copy / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is no adapter of PEFT: it has no adapter_config.json$"):
+        pixel_jax.load_adapter(model, directory.parent)
+    run = copy / "model" / "adapter"
+    run.mkdir(parents=True)
+    (run / CONFIG).touch()
+    with pytest.raises(FileNotFoundError, match=f"has no adapter_config.json. It holds one: {run}"):
+        pixel_jax.load_adapter(model, run.parent)
     (copy / WEIGHTS).rename(copy / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="a pickle, which is never read"):
         pixel_jax.load_adapter(model, copy)
@@ -245,11 +254,15 @@ def test_logits_are_those_of_peft(kind, pair, tmp_path):
         for name, weight in wrapped.named_parameters():
             if "lora_B" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-        if kind == "half":
-            wrapped.half().float()
-        expected = run(wrapped.eval())
+        if kind == "bfloat16":
+            for name, weight in wrapped.named_parameters():
+                if "lora_" in name:
+                    weight.data = weight.data.bfloat16()
         wrapped.save_pretrained(tmp_path / "theirs")
+        expected = run(wrapped.float().eval())
         found = pixel_jax.load_adapter(ours, tmp_path / "theirs")
+        stored = {str(x.dtype) for x in load_file(tmp_path / "theirs" / WEIGHTS).values()}
+        assert stored == {kind if kind == "bfloat16" else "float32"}
         assert relative(expected, plain) > 1e-2 and relative(logits(found), expected) < 1e-5
         pixel_jax.save_adapter(found, tmp_path / "ours")
         back = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "ours")

@@ -91,6 +91,16 @@ def test_equals_the_device_operations(processor, rng):
     np.testing.assert_allclose(pixels, pixel_values(frame, frame), atol=1e-6)
 
 
+def test_a_rate_for_each_video(processor, rng):
+    videos = [[picture(rng, 56, 56)] * count for count in (2, 4)]
+    shown = "<|video_pad|> here <|video_pad|>"
+    assert processor(shown, videos=videos, fps=[4.0, 1.0])["second_per_grid_ts"].tolist() == [0.5, 2.0]
+    assert processor(shown, videos=videos, fps=4.0)["second_per_grid_ts"].tolist() == [0.5, 0.5]
+    for wrong in ([4.0], [4.0, 1.0, 1.0], 0.0, [1.0, -1.0], float("nan")):
+        with pytest.raises(ValueError, match="give one rate above 0, or one for each of the 2 videos"):
+            processor(shown, videos=videos, fps=wrong)
+
+
 def test_text_images_and_video(processor, rng):
     """Placeholders grow to the number of visual tokens, kinds interleaved; rows are padded on the right."""
     texts = ["look <|image_pad|> here <|video_pad|> ?", "<|image_pad|>"]

@@ -87,13 +87,15 @@ def test_arrays_and_what_the_model_makes_of_them(name, text, sizes, frames, rng)
     from transformers.video_utils import VideoMetadata
 
     model, theirs = tiny_families.pair(name)
-    tokenizer, fps = words(), 10.0  # of which some times are halfway between tenths
+    tokenizer = words()
+    rates = [10.0, 7.5][: len(frames)]  # of 10 some times are halfway between tenths
     images = [pictures(rng, *(SQUARE * x for x in size)) for size in sizes]
     videos = [pictures(rng, count, *(SQUARE * x for x in size)) for count, *size in frames]
     known = {
         "videos": videos,
         "video_metadata": [
-            VideoMetadata(total_num_frames=len(x), fps=fps, frames_indices=[*range(len(x))]) for x in videos
+            VideoMetadata(total_num_frames=len(x), fps=rate, frames_indices=[*range(len(x))])
+            for x, rate in zip(videos, rates, strict=True)
         ],
     }
     made = their_processor(tokenizer)(
@@ -103,7 +105,7 @@ def test_arrays_and_what_the_model_makes_of_them(name, text, sizes, frames, rng)
     if videos:
         expected["pixel_values_videos"] = (expected["pixel_values_videos"] - 0.5) / 0.5
     ours = Processor(tokenizer, family=type(model.config), vision=model.config.vision, **LIMITS)
-    found = ours(text, images=images, videos=videos, fps=fps)
+    found = ours(text, images=images, videos=videos, fps=rates)
     assert found.keys() == expected.keys() - {"mm_token_type_ids"}
     for key, x in found.items():
         close = np.testing.assert_allclose if x.dtype == np.float32 else np.testing.assert_array_equal

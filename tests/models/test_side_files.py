@@ -95,6 +95,12 @@ def test_what_was_changed_since_is_written_anew(copy, tmp_path):
     assert read(tmp_path).tokenizer.encode("zoom") == [len(found.tokenizer) - 1]
 
 
+def test_a_tokenizer_without_its_tokens(copy):
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(FileError, match="has tokenizer_config.json and no tokenizer.json: copy or download it, too"):
+        read(copy)
+
+
 OUTSIDE = "outside the model directory: put the file itself in its place"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import pathlib
 import types
 
@@ -60,6 +61,25 @@ def test_a_conversation(speaker, talk, monkeypatch):
     assert [x.question for x in dialog.transcripts][2] == "Are you sure?"
     for x in dialog.transcripts:
         assert x.turns[0].role == "assistant"
+
+
+def test_text_is_shown_while_it_is_written(speaker, monkeypatch):
+    """Before each step of the rollout, the screen has what was written before."""
+    monkeypatch.setattr(chat, "BUDGET", 1)
+    advance, states = Session.advance, []
+    for seed in range(6):
+        stream, seen = io.StringIO(), []
+
+        def watched(self, budget, stream=stream, seen=seen):
+            seen.append(stream.getvalue())
+            return advance(self, budget)
+
+        monkeypatch.setattr(Session, "advance", watched)
+        talker = Chat(chat_at(speaker, 1.0), host=None, seed=seed, screen=Screen(stream))
+        talker.ask("Which digit?", [scripted_model.image(1, 120, 150)])
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise([*seen, stream.getvalue()]))
+        states.append(len(set(seen)))
+    assert max(states) > 3
 
 
 def test_calls_are_shown_as_they_happen(speaker, capsys):

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import socket
+import sys
 import threading
 import time
 import types
@@ -241,6 +242,14 @@ REFUSED = {
     ),
     "pixels": ({"messages": [asked("?", np.zeros((500, 20, 3), np.uint8))]}, "is 20x500 pixels, more than 192x192"),
     "a long prompt": ({"messages": [{"role": "user", "content": "x" * 500}]}, "does not fit the width of 256"),
+    "a video": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AA"}}]}
+            ]
+        },
+        r"content\[0\] is .*video_url.*: the server reads no videos: send frames, as images in their order",
+    ),
     "surrogates": (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
     "twice": (b'{"model": "tiny", "model": "tiny", "messages": []}', "model"),
     "deep": (b"[" * 100_000, "the body"),
@@ -470,6 +479,17 @@ def test_a_model_that_fails_says_so(server, speaker):
             ask(other.client(), "Which?", IMAGES[0])
         other.thread.join(20)
         assert not other.thread.is_alive() and isinstance(other.engine.failed, RuntimeError)
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn"])
+def test_a_missing_extra_is_named_before_anything_is_loaded(package, monkeypatch):
+    monkeypatch.setattr(main, "FLAGS", types.SimpleNamespace(adapter=[], key="NO_KEY", host="127.0.0.1"))
+    monkeypatch.delitem(sys.modules, "pixel_jax.serving.app")
+    monkeypatch.setitem(sys.modules, package, None)
+    if package == "starlette":
+        monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    with pytest.raises(UserError, match=rf"{package}.* is missing: pip install 'pixel_jax\[serve\]'"):
+        main.main("serve", ["nowhere"])
 
 
 def test_a_prompt_that_nothing_fits_is_refused(speaker, monkeypatch):
