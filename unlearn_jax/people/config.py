@@ -12,6 +12,7 @@ from unlearn_jax.config import ErasureConfig
 from unlearn_jax.requests.replay import TrainingRecipe
 from unlearn_jax.requests.task import RequestsConfig
 
+CONFIG = "config.json"  # in the run's directory: what the adapter was trained with
 Method = Literal["fine-tune", "gradient ascent", "GradDiff", "NPO", "SimNPO"]
 
 
@@ -77,7 +78,7 @@ class PeopleConfig:
 
     def check_trained(self) -> None:
         """Raises ConfigError unless the adapter in `out` was trained with this configuration."""
-        trained = read_note(self.directory / "config.json")
+        trained = read_note(self.directory / CONFIG)
         if trained is None:
             raise ConfigError(f"{self.out} holds no adapter: run `unlearn-jax train` with the same --config.out first")
         for name, (old, new) in changes(flatten(trained), flatten(self.trained())).items():

@@ -12,7 +12,7 @@ from pixel_jax.state_files import read_note, write_json
 from unlearn_jax import tree
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.objective import dataset_objective
-from unlearn_jax.people.config import PeopleConfig
+from unlearn_jax.people.config import CONFIG, PeopleConfig
 from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.carry_out import carry_out
 from unlearn_jax.requests.log import ADAPTER, LogEntry
@@ -26,7 +26,7 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     Returns:
         The metrics of the training.
     """
-    if read_note(config.directory / "config.json") is not None:
+    if read_note(config.directory / CONFIG) is not None:
         config.check_trained()  # the same adapter is trained again; one of other settings is not overwritten
     refuse_training_again(config.directory)
     task, begun = PeopleTask.of(config, mesh), time.perf_counter()
@@ -41,7 +41,7 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     task.save(config.directory / ADAPTER, adapter)
     record_training(task, norm)
     if is_main_process():
-        write_json(config.directory / "config.json", config.trained())
+        write_json(config.directory / CONFIG, config.trained())
     metrics = {
         "examples": float(len(items)),
         "example_gradients": spent,
