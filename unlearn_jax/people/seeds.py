@@ -30,9 +30,7 @@ def collect(directories: Sequence[pathlib.Path], path: pathlib.Path) -> dict[str
     runs, setting = [], None
     for directory in directories:
         if not (directory / EVALUATION).exists():
-            raise UserError(
-                f"{directory} has no {EVALUATION}: run `unlearn-jax eval` with --config.out={directory} first"
-            )
+            raise UserError(f"{directory} holds no {EVALUATION}: run `unlearn-jax eval --config.out={directory}` first")
         trained = read_json(directory / CONFIG)
         seed = trained.pop("seed")
         trained["training"].pop("seed")

@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from small_people import make_config
 
 from launch import tables
 from pixel_jax.cli import UserError
 from pixel_jax.state_files import write_json
-from small_people import make_config
 from unlearn_jax.people.config import CONFIG
 from unlearn_jax.people.evaluate import EVALUATION
 from unlearn_jax.people.seeds import collect
