@@ -187,21 +187,22 @@ PEOPLE = (
 
 
 def people(name: str) -> str:
-    """Adapters that forgot people, by the share of forgotten rows: means over seeds with the half width of their interval."""
+    """Adapters that forgot people, by the share of forgotten rows: means over seeds with half their 95 % interval."""
     found, parts = record(name), [origin(name, [record(name).get("commit")])]
     setting = found["setting"]["corpus"]
     examples = setting["people"] * setting["questions"]
 
-    def half(values: Sequence[float]) -> str:
+    def shown(values: Sequence[float]) -> str:
         x = over_seeds(values)
         places = 1 if abs(x["mean"]) >= 10 else 3
-        return f"{x['mean']:.{places}f} ± {x['high'] - x['mean']:.{places}f}"
+        half_width = f" ± {x['high'] - x['mean']:.{places}f}" if x["n"] > 1 else ""
+        return f"{x['mean']:.{places}f}{half_width}"
 
     for forgotten in sorted({run["forgotten"] for run in found["runs"]}):
         runs = [run for run in found["runs"] if run["forgotten"] == forgotten]
         outcomes = Counter(outcome for run in runs for outcome in run["outcomes"])
         rows = [
-            (adapter, *(half([run["rows"][adapter][metric] for run in runs]) for metric in PEOPLE))
+            (adapter, *(shown([run["rows"][adapter][metric] for run in runs]) for metric in PEOPLE))
             for adapter in runs[0]["rows"]
         ]
         how = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())

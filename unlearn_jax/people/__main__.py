@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from pixel_jax.cli import UserError
 from unlearn_jax.people.seeds import collect
 
 parser = argparse.ArgumentParser(prog="python -m unlearn_jax.people", description=__doc__)
@@ -11,4 +12,7 @@ parser.add_argument(
     "runs", type=pathlib.Path, nargs="+", help="directories of runs that `unlearn-jax eval` has evaluated"
 )
 arguments = parser.parse_args()
-collect(arguments.runs, arguments.record)
+try:
+    collect(arguments.runs, arguments.record)
+except UserError as error:
+    parser.exit(1, f"{error}\n")
