@@ -206,9 +206,8 @@ def people(name: str) -> str:
             for adapter in runs[0]["rows"]
         ]
         how = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
-        share = (
-            f"{forgotten} of {examples} rows forgotten ({100 * forgotten / examples:g} %), {len(runs)} seeds ({how})"
-        )
+        seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        share = f"{forgotten} of {examples} rows forgotten ({100 * forgotten / examples:g} %), {seeds} ({how})"
         parts.append(f"**{share}**\n\n{lines(('', *PEOPLE), rows)}")
     return "\n\n".join(parts)
 
