@@ -11,13 +11,14 @@ import functools
 import pathlib
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from pixel_jax.bench.machine import MachineSpeed
 from pixel_jax.bench.report import describe
 from pixel_jax.cli import COMMANDS
+from pixel_jax.evaluation.stats import over_seeds
 from pixel_jax.files import read_json, write_file
 from pixel_jax.planning.machines import GIB
 from pixel_jax.planning.report import mesh
@@ -171,6 +172,46 @@ def comparison(name: str) -> str:
     return f"{what}{origin(name, [found.get('commit')])}\n\n{lines(head, rows)}"
 
 
+PEOPLE = (
+    "probability",
+    "ROUGE-L",
+    "extraction",
+    "truth_ratio",
+    "forget_quality",
+    "utility",
+    "auc_min_k",
+    "privleak",
+    "kl_forget",
+    "kl_retain",
+)
+
+
+def people(name: str) -> str:
+    """Adapters that forgot people, by the share of forgotten rows: means over seeds with half their 95 % interval."""
+    found, parts = record(name), [origin(name, [record(name).get("commit")])]
+    setting = found["setting"]["corpus"]
+    examples = setting["people"] * setting["questions"]
+
+    def shown(values: Sequence[float]) -> str:
+        x = over_seeds(values)
+        places = 1 if abs(x["mean"]) >= 10 else 3
+        half_width = f" ± {x['high'] - x['mean']:.{places}f}" if x["n"] > 1 else ""
+        return f"{x['mean']:.{places}f}{half_width}"
+
+    for forgotten in sorted({run["forgotten"] for run in found["runs"]}):
+        runs = [run for run in found["runs"] if run["forgotten"] == forgotten]
+        outcomes = Counter(outcome for run in runs for outcome in run["outcomes"])
+        rows = [
+            (adapter, *(shown([run["rows"][adapter][metric] for run in runs]) for metric in PEOPLE))
+            for adapter in runs[0]["rows"]
+        ]
+        how = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
+        seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        share = f"{forgotten} of {examples} rows forgotten ({100 * forgotten / examples:g} %), {seeds} ({how})"
+        parts.append(f"**{share}**\n\n{lines(('', *PEOPLE), rows)}")
+    return "\n\n".join(parts)
+
+
 def attribution(name: str) -> str:
     """Linear datamodelling scores."""
     found = record(name)
@@ -241,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart-rotate": functools.partial(rotate, "quickstart-rotate"),
     "unlearn": functools.partial(comparison, "unlearn"),
     "unlearn-attribution": functools.partial(attribution, "unlearn-attribution"),
+    "unlearn-people": functools.partial(people, "unlearn-people"),
     "unlearn-cost": functools.partial(cost, "unlearn-cost"),
     "unlearn-bench": functools.partial(bench, "unlearn-bench"),
     "plan-7b-scaling": functools.partial(scaling, "plan-7b-scaling"),

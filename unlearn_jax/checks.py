@@ -105,8 +105,7 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
     """
     alone = dataclasses.replace(objective, mesh=None)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), alone)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), objective.examples)
-    names = set(primitives(jax.make_jaxpr(objective.loss)(params, example).jaxpr))
+    names = set(primitives(jax.make_jaxpr(objective.loss)(params, objective.example).jaxpr))
     try:
         # JAX has a rule for these, but no TPU or GPU compiles the result.
         if "pallas_call" in names and curvature != "empirical_fisher":

@@ -162,17 +162,18 @@ def sample_labels(objective: Objective, params: Params, key: jax.Array) -> Objec
     if draw_labels is None:
         raise ValueError(f"the sampled Fisher product draws labels: give {loss.criterion!r} `sample(key, z, example)`")
 
-    def sample(index, example):
-        z = loss.z(params, example)
-        example = draw_labels(jax.random.fold_in(key, index), z, example)
+    def sample(index, before):
+        example = draw_labels(jax.random.fold_in(key, index), loss.z(params, before), before)
         mask = loss.element_mask(example)
         # g = sum_t sqrt(m_t) g_t has the expectation sum_t m_t g_t g_t' of its square, whatever the weights m_t.
-        return example if mask is None else {**example, loss.mask: jnp.sqrt(mask)}
+        new = example if mask is None else {**example, loss.mask: jnp.sqrt(mask)}
+        # Fields that were not drawn stay where they are, which may be the memory of the host.
+        return {name: x for name, x in new.items() if x is not before.get(name)}
 
     index = jnp.arange(objective.coefficients.size).reshape(objective.coefficients.shape)
     draw = lambda arrays: jax.vmap(sample)(arrays[0], objective.part((arrays[1], arrays[2])).examples)
-    examples = jax.lax.map(draw, (index, objective.examples, objective.coefficients))
-    return dataclasses.replace(objective, examples=examples)
+    drawn = jax.lax.map(draw, (index, objective.examples, objective.coefficients))
+    return dataclasses.replace(objective, examples={**objective.examples, **drawn})
 
 
 @jax.jit

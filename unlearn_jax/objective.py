@@ -24,6 +24,7 @@ from unlearn_jax import tree
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import CONSTANT, Loss, has_field, require_parts, sum_and_weight
+from unlearn_jax.words import to_arrays, to_words
 
 Reduction = Literal["per_example", "per_token"]
 HOST = "pinned_host"  # the memory of the host that a device reads
@@ -42,7 +43,7 @@ class Objective:
     """
 
     loss: Callable
-    examples: Example  # [micro-batches, micro_batch, ...]
+    examples: Example  # [micro-batches, micro_batch, ...]; fields that are offloaded are `Words`
     coefficients: jax.Array  # [micro-batches, micro_batch]; zero for padding
     weight_decay: jax.Array  # []
     count: int  # number of examples; those after it are padding
@@ -90,8 +91,13 @@ class Objective:
             mesh = automatic(mesh)
             micro_batch += -micro_batch % _shards(mesh)
         index = np.arange(count + -count % micro_batch)
+
         # Padding repeats examples, because a loss need not be differentiable at zeros.
-        stack = lambda x: _device_put(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh, offload)
+        def stack(x):
+            rows = x[index % count].reshape(-1, micro_batch, *x.shape[1:])
+            rows = to_words(_canonical(rows), axes=2) if offload else rows
+            return jax.tree.map(lambda part: _device_put(part, mesh, offload), rows)
+
         dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
         # On the host, as the examples are.
         nothing: Any = np.zeros((len(index) // micro_batch, micro_batch), dtype)
@@ -112,6 +118,13 @@ class Objective:
         if not isinstance(self.loss, Loss) or self.loss.constant is None:
             return self
         return dataclasses.replace(self, examples={**self.examples, CONSTANT: jax.block_until_ready(self._constants())})
+
+    @property
+    def example(self) -> Example:
+        """The shapes and dtypes of an example."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), jax.eval_shape(to_arrays, self.examples)
+        )
 
     @property
     def has_constants(self) -> bool:
@@ -182,7 +195,7 @@ class Objective:
         if self.mesh is not None:
             sharding = NamedSharding(self.mesh, PartitionSpec(_axes(self.mesh)))
             arrays = jax.lax.with_sharding_constraint(arrays, sharding)
-        return dataclasses.replace(self, examples=arrays[0], coefficients=arrays[1])
+        return dataclasses.replace(self, examples=to_arrays(arrays[0]), coefficients=arrays[1])
 
     def accumulate(self, function: Callable[["Objective"], Any], start: Any) -> Any:
         """`start` plus the sum of `function` over micro-batches, in the dtypes of `start`."""
@@ -363,9 +376,14 @@ def _device_put(x: np.ndarray | jax.Array, mesh: Mesh | None, offload: bool = Fa
     """[micro-batches, micro_batch, ...], sharded over the mesh by example; unchanged without a mesh."""
     if isinstance(x, Tracer) or (mesh is None and isinstance(x, jax.Array)):
         return x
-    x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+    x = _canonical(x)
     if mesh is None:
         return x
     sharding = NamedSharding(mesh, PartitionSpec(None, _axes(mesh)), memory_kind=HOST if offload else None)
     # With several processes each has read all examples and takes those of its own devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _canonical(x: Any) -> np.ndarray:
+    """An array on the host, in the dtype in which JAX computes with it."""
+    return np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.cli import UserError
@@ -16,6 +17,7 @@ from pixel_jax.training.batch import Batch
 from unlearn_jax.curvature import product
 from unlearn_jax.objective import HOST, Objective, automatic, zeros
 from unlearn_jax.vision_language import adapter_loss
+from unlearn_jax.words import Words, count_words
 
 STEP = "unlearn"
 LEARNED = 1024  # tokens of a row that carry loss, at most: an assumption about traces
@@ -98,20 +100,26 @@ def gauss_newton(
         kind = mesh.devices.flat[0].device_kind
         raise UserError(f"--examples: the description of {kind} has no memory of the host, in which they would be kept")
 
-    def stacked(dtype, *shape, sharding=kept) -> Any:
+    def stacked(dtype, *shape, sharding=spread) -> Any:
         return jax.ShapeDtypeStruct((micro_batches, rows // micro_batches, *shape), dtype, sharding=sharding)
+
+    def field(dtype, *shape) -> Any:
+        if not offload:
+            return stacked(dtype, *shape)
+        words = count_words(shape, np.dtype(dtype))
+        return Words(stacked(np.uint32, words, sharding=kept), shape, np.dtype(dtype))
 
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     examples = {
-        "tokens": stacked(jnp.int32, length),
-        "valid": stacked(jnp.bool_, length),
-        "places": stacked(jnp.int32, learned),
-        "labels": stacked(jnp.int32, learned),
-        "loss_mask": stacked(jnp.bool_, learned),
-        "visual": {name: stacked(x.dtype, *x.shape[1:]) for name, x in batch.visual._asdict().items()},
+        "tokens": field(jnp.int32, length),
+        "valid": field(jnp.bool_, length),
+        "places": field(jnp.int32, learned),
+        "labels": field(jnp.int32, learned),
+        "loss_mask": field(jnp.bool_, learned),
+        "visual": {name: field(x.dtype, *x.shape[1:]) for name, x in batch.visual._asdict().items()},
     }
     loss, adapter = adapter_loss(model)
-    coefficients = stacked(jnp.float32, sharding=spread)
+    coefficients = stacked(jnp.float32)
     objective = Objective(loss, examples, coefficients, scalar, rows, automatic(mesh), offload)
 
     def like(zero, x):

@@ -16,7 +16,7 @@ from unlearn_jax.config import ErasureConfig
 from unlearn_jax.requests import carry_out as module
 from unlearn_jax.requests import log as log_module
 from unlearn_jax.requests.carry_out import State, carry_out
-from unlearn_jax.requests.log import ADAPTER, LOG, LogError, read_log, verify
+from unlearn_jax.requests.log import ADAPTER, LOG, PAGE, REPORT, REQUEST, LogError, read_log, verify
 from unlearn_jax.requests.request import EditRequestError
 from unlearn_jax.requests.task import RequestsConfig, refuse_another_training
 
@@ -209,6 +209,24 @@ def test_a_full_disk(task, monkeypatch):
     assert file_of(task.directory) == before
     monkeypatch.setattr(log_module.os, "fsync", real)
     assert len(carry_out(task, REQUESTS)) == 2 and verify(task.directory / LOG)[1] == []
+
+
+@pytest.mark.parametrize("name", [REQUEST, REPORT, PAGE])
+def test_a_disk_that_is_full_before_the_log_is_reached(name, task, monkeypatch):
+    carry_out(task, REQUESTS[:1])
+    before, real = file_of(task.directory), os.fsync
+
+    def full(descriptor):
+        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        carry_out(task, REQUESTS[:2])
+    assert file_of(task.directory) == before
+    monkeypatch.setattr(os, "fsync", real)
+    assert len(carry_out(task, REQUESTS[:2])) == 1 and verify(task.directory / LOG)[1] == []
 
 
 def test_a_disk_that_takes_half_a_line(task):

@@ -93,3 +93,16 @@ def test_the_shipped_tuning_of_an_adapter_can_be_edited():
     made = EditRecipe.of(read_recipe(load(TrainConfig, config), Console(quiet=True)))
     assert made.steps == ("unlearn",) and made.rows("unlearn") == made.config.sft.batch_size
     assert made.length("unlearn") == made.config.trace_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.libtpu
+def test_memory_of_a_described_tpu_does_not_grow_with_the_examples():
+    """Rows of words are what libtpu can slice in the memory of the host; fields of bytes and truth values are not."""
+    target, plans = machine("v5e:2x4"), {}
+    for count in (64, 20_000):
+        small = dataclasses.replace(adapted(), examples=count)
+        plans[count] = plan(small, "unlearn", target, {"data": 4, "tensor": 2}).plan
+    few, most = plans[64], plans[20_000]
+    assert most.bytes_per_chip <= few.bytes_per_chip + 2 * 4 * 20_000 / 4
+    assert most.flops_per_chip == pytest.approx(20_000 / 64 * few.flops_per_chip, rel=0.01)
