@@ -227,7 +227,7 @@ def _signed_digit(values):
 
 
 def _dense_product(equation, digits, image):
-    """Multiplies digit by digit: the sums of all digits at once, in float32 and int32, would be six arrays of the result's size."""
+    """Multiplies digit by digit: the sums of all at once, in float32 and int32, would be six arrays of the result's size."""
     pixels = image.astype(jnp.bfloat16)
     low, middle, high = (
         jnp.einsum(equation, digit, pixels, preferred_element_type=jnp.float32).astype(jnp.int32) for digit in digits
