@@ -40,11 +40,10 @@ from pixel_jax.planning.search import (
     plan,
     resident_bytes,
     search,
-    slots,
     times,
 )
 from pixel_jax.planning.weak_scaling import Point, with_rows
-from pixel_jax.rollouts.decode_loop import READ_CHUNK
+from pixel_jax.rollouts.decode_loop import READ_CHUNK, observation_width
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.rollout import rollout
@@ -161,24 +160,17 @@ def test_a_rollout_counts_its_turns():
     assert small.rows("rollout") == waves * rows and program.arguments[1].tokens.shape[0] == waves * config.in_flight
 
 
-@pytest.mark.slow
-def test_a_rollout_holds_pixels_and_features_of_few_rows():
-    """With rows that are answered one at a time, more rows in flight need their caches, and no room for pictures of each."""
-    small, mesh = recipe(), {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
-    limits = dataclasses.replace(small.config.rl.rollout, observe_chunk=1, crop_max_pixels=128 * 28**2, max_side=448)
-
-    def peak(in_flight):
-        rl = dataclasses.replace(small.config.rl, rollout=dataclasses.replace(limits, in_flight=in_flight))
-        few = dataclasses.replace(small, config=dataclasses.replace(small.config, rl=rl, image_buffer=(1, 448, 448)))
-        return plan(few, "rollout", machine("cpu:1"), mesh).plan.bytes_per_chip, slots(few)
-
-    (less, few), (more, many) = peak(2), peak(8)
-    shape = rollout_shape(
-        dataclasses.replace(small, config=dataclasses.replace(small.config, image_buffer=(1, 448, 448))), 1
-    )
-    pixels = budgets(limits, shape)[1].patches * limits.patch_bytes
-    assert pixels == 128 * 28**2 * 3 // 1
-    assert (more - less) / (many - few) < pixels
+def test_what_is_shown_is_embedded_for_few_rows_at_a_time():
+    """Embedded observations of all 8 rows in flight would need as much memory as a seventh of a 7B's caches."""
+    small, mesh = recipe(), make_mesh({"data": 1}, jax.devices()[:1])
+    limits = dataclasses.replace(small.config.rl.rollout, observe_chunk=3)
+    config = dataclasses.replace(small.config, rl=dataclasses.replace(small.config.rl, rollout=limits))
+    small = dataclasses.replace(small, config=config)
+    text = build(small, "rollout", mesh).lower().as_text()
+    width = observation_width(small.tables.observations, limits, rollout_shape(small, 1))
+    embedded = f"x{width}x{small.network.text.hidden_size}xf32>"
+    assert f"tensor<3{embedded}" in text and f"tensor<8{embedded}" not in text
+    assert limits.in_flight * limits.group_size == 8
 
 
 def test_a_rollout_reads_weights_of_the_type_that_training_computes_in():
