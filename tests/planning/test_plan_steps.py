@@ -160,6 +160,7 @@ def test_a_rollout_counts_its_turns():
     assert small.rows("rollout") == waves * rows and program.arguments[1].tokens.shape[0] == waves * config.in_flight
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_embedded_for_few_rows_at_a_time():
     """Embedded observations of all 8 rows in flight would need as much memory as a seventh of a 7B's caches."""
     small, mesh = recipe(), make_mesh({"data": 1}, jax.devices()[:1])
