@@ -206,7 +206,7 @@ def _outputs(count, origin):
 
 
 def _dense_digits(start, length, out_length, in_size, out_size, origin):
-    """Digits of the weights of every output (rows) for every pixel of the image (columns): bfloat16 [3, out, in]."""
+    """Digits of the weights of every output (rows) for every pixel of the image (columns): three of bfloat16 [out, in]."""
     with jax.enable_x64(True):
         outputs = _outputs(out_size, origin)[:, None]
         pixels = jnp.arange(in_size, dtype=jnp.int32) - start
@@ -218,7 +218,7 @@ def _dense_digits(start, length, out_length, in_size, out_size, origin):
         weights = (weights - low) >> DIGIT_BITS
         middle = _signed_digit(weights)
         high = (weights - middle) >> DIGIT_BITS
-        return jnp.stack([low, middle, high]).astype(jnp.bfloat16)
+        return tuple(digit.astype(jnp.bfloat16) for digit in (low, middle, high))
 
 
 def _signed_digit(values):
@@ -227,8 +227,11 @@ def _signed_digit(values):
 
 
 def _dense_product(equation, digits, image):
-    digits = jnp.einsum(equation, digits, image.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-    low, middle, high = digits.astype(jnp.int32)
+    """Multiplies digit by digit: the sums of all at once, in float32 and int32, would be six arrays of the result's size."""
+    pixels = image.astype(jnp.bfloat16)
+    low, middle, high = (
+        jnp.einsum(equation, digit, pixels, preferred_element_type=jnp.float32).astype(jnp.int32) for digit in digits
+    )
     return _to_pixels(low + (middle << DIGIT_BITS) + (high << 2 * DIGIT_BITS))
 
 
@@ -237,10 +240,10 @@ def _matmul(image, crop: _Crop, canvas, order):
     down = _dense_digits(crop.y, crop.height, crop.out_height, image.shape[0], canvas[0], crop.row)
 
     def horizontal(image):
-        return _dense_product("dow,hwc->dhoc", across, image)
+        return _dense_product("ow,hwc->hoc", across, image)
 
     def vertical(image):
-        return _dense_product("doh,hwc->dowc", down, image)
+        return _dense_product("oh,hwc->owc", down, image)
 
     out = vertical(horizontal(image))
     # Both orders are computed: in a batch `cond` would compute both, too, and it fails in a batch in `shard_map`.

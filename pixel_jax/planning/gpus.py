@@ -94,10 +94,16 @@ def devices_of(gpu: GPU, nodes: int, each: int) -> list:
         ).devices
     except Exception as error:  # of several types, depending on what is missing
         raise ValueError(
-            f"nothing can be compiled for {gpu.kind} here: `pip install pixel_jax[plan-gpu]` installs the compiler ({error})"
+            f"nothing can be compiled for {gpu.kind} here: `pip install 'pixel_jax[plan-gpu]'` installs the compiler "
+            f"({first_line(error)})"
         ) from error
     _name_platform()
     return devices
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a compiler says, whose further lines are its stack."""
+    return str(error).strip().partition("\n")[0]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 
 from pixel_jax.models.flops import PEAK_FLOPS
-from pixel_jax.planning.gpus import GPUS, MEMORY_FRACTION, devices_of
+from pixel_jax.planning.gpus import GPUS, MEMORY_FRACTION, devices_of, first_line
 
 
 class Chip(NamedTuple):
@@ -45,6 +45,7 @@ SLICES = {2: {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x1
 SLICES[3] = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 SLICES[3][1024] = "8x8x16"
 NODE = 8  # GPUs of a node
+NODES = 1024  # the most of them, so that a mistyped number is a message and not a long wait
 
 
 class Machine(NamedTuple):
@@ -92,8 +93,10 @@ def machine(name: str) -> Machine:
         return Machine(name, chip, chips, devices[:chips], chip.flops)
     if kind in GPUS:
         *nodes, each = map(int, parsed[2].split("x"))
-        if len(nodes) > 1 or not chips or each > NODE:
-            raise ValueError(f"{name} is not NODESxGPUS with 1 to {NODE} GPUs a node, as {kind}:2x{NODE}")
+        if len(nodes) > 1 or not 0 < chips <= each * NODES or each > NODE:
+            raise ValueError(
+                f"{name} is not NODESxGPUS with 1 to {NODE} GPUs a node and at most {NODES} nodes, as {kind}:2x{NODE}"
+            )
         devices = devices_of(GPUS[kind], chips // each, each)
         return Machine(name, chip, chips, devices, PEAK_FLOPS[GPUS[kind].kind], node=each)
     dims = parsed[2].count("x") + 1
@@ -114,7 +117,7 @@ def _tpu_devices(name: str) -> list:
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     except Exception as error:  # of several types, depending on what is missing
         raise ValueError(
-            f"nothing can be compiled for {name} here: `pip install libtpu` installs the compiler ({error})"
+            f"nothing can be compiled for {name} here: `pip install libtpu` installs the compiler ({first_line(error)})"
         ) from error
 
 

@@ -383,8 +383,8 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "tail": 0,  # rows that all write to their limits leave none behind
         "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills
         "observe": config.max_calls / turns,
-        "views": chunks,
         "readers": chunks,
+        "views": 1,  # for each of these
         "pieces": -(-width // decode_loop.READ_CHUNK),
         "bytes": int(np.max(recipe.tables.bytes.length)),
         "tiles": tiles(side, shown),

@@ -110,8 +110,6 @@ def append(
     lengths: jax.Array,
     images: tuple[jax.Array, jax.Array] | None = None,
     *,
-    shards: int = 1,
-    chunk: int | None = None,
     piece: int = READ_CHUNK,
 ) -> RowState:
     """Appends ids to the rows, which read them into their caches.
@@ -124,8 +122,6 @@ def append(
       ids: int32 [R, T].
       lengths: int32 [R], how many of its ids a row reads; may be 0.
       images: features [R, V, P//4, D] and grids int32 [R, V, 3] of the images among the ids, in order; None: there are none.
-      shards: data shards that rows are split over.
-      chunk: how many rows of each shard to compute at a time, leaving out those with nothing to read. None: all.
       piece: how many tokens of each row to compute at a time.
     """
     rows, width = ids.shape
@@ -137,18 +133,7 @@ def append(
         features, grids = images
         x = model.embed(ids, features, grids)
     positions, next_pos = model.positions(ids, valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos)
-    if chunk is None:
-        last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix, most=piece)
-    else:
-
-        def body(chunk: Chunk, read_so_far):
-            mine = (x, jnp.moveaxis(positions, 0, 1), lengths, *read_so_far, shared.prefix)
-            embedded, positions_of_rows, *rest = jax.tree.map(chunk.take, mine)
-            results = read(model, layers, embedded, jnp.moveaxis(positions_of_rows, 1, 0), *rest, most=piece)
-            return jax.tree.map(chunk.put, read_so_far, results)
-
-        with jax.named_scope("readers"):
-            last, cache = for_chunks(lengths > 0, shards, chunk, body, (state.hidden, state.cache))
+    last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix, most=piece)
     position = jnp.where(valid, state.length[:, None] + jnp.arange(width), state.tokens.shape[1])
     return state._replace(
         tokens=state.tokens.at[jnp.arange(rows)[:, None], position].set(ids, mode="drop"),
@@ -385,19 +370,6 @@ def answer(
     at = (row, jnp.where(asks, number, config.max_calls + 1))
     calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
     view, showing = shown_by(done, number), run & (count > 0)
-    features = None
-    if model.config.vision is not None:
-        _, features = show_waiting(
-            model,
-            visible_buffers(shared.prompts.buffers, config, shared.pictures),
-            rows_prompts(state, shared.prompts, config, shape).at.reshape(-1),
-            view,
-            showing,
-            drawings(calls, shape.tools, config),
-            config,
-            shape,
-            shared.pictures,
-        )
     grids = view_grids(view, config)
     shown = jnp.where(showing, number, config.max_calls)
     state = state._replace(
@@ -407,9 +379,34 @@ def answer(
         num_images=state.num_images + jnp.where(run, count, 0),
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
-    chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
-    images = None if features is None else (features, grids)
-    return append(model, layers, shared, state, ids, lengths, images, **chunks)
+    buffers = visible_buffers(shared.prompts.buffers, config, shared.pictures)
+    prompt = rows_prompts(state, shared.prompts, config, shape).at.reshape(-1)
+    rows = (ids, lengths, view, grids, showing, calls, prompt, shared.prefix)
+
+    # Pixels and features exist for a few rows at a time: those of all rows would take as much memory as a tenth of their caches.
+    def body(chunk: Chunk, read_so_far: RowState) -> RowState:
+        mine, few = jax.tree.map(chunk.take, (rows, read_so_far))
+        ids, lengths, view, grids, showing, calls, prompt, prefix = mine
+        images = None
+        if model.config.vision is not None:
+            drawn = drawings(calls, shape.tools, config)
+            _, features = show_waiting(model, buffers, prompt, view, showing, drawn, config, shape, shared.pictures)
+            images = features, grids
+        few = append(model, layers, shared._replace(prefix=prefix), few, ids, lengths, images)
+        return jax.tree.map(chunk.put, read_so_far, few)
+
+    urgency = (lengths > 0).astype(jnp.int32) + showing  # rows with images first: few chunks need the vision tower
+    with jax.named_scope("readers"):
+        read_rows = for_chunks(urgency, shape.shards, config.observe_chunk, body, only_read(state))
+    return state._replace(**{name: getattr(read_rows, name) for name in READ_FIELDS})
+
+
+READ_FIELDS = ("tokens", "length", "hidden", "next_pos", "cache")  # of a `RowState`: what `append` reads and changes
+
+
+def only_read(state: RowState) -> RowState:
+    """Returns the state with nothing but `READ_FIELDS`."""
+    return state._replace(**{name: None for name in RowState._fields if name not in READ_FIELDS})
 
 
 def view_grids(view: Views, config: RolloutConfig) -> jax.Array:

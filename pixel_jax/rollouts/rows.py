@@ -36,16 +36,17 @@ class Chunk(NamedTuple):
 
 
 def for_chunks(busy: jax.Array, shards: int, size: int, body: Callable[[Chunk, T], T], carry: T) -> T:
-    """Computes `carry = body(chunk, carry)` for chunks of the rows that are `busy` (bool [R]), up to `size` of each shard.
+    """Computes `carry = body(chunk, carry)` for chunks of the rows that are `busy`, up to `size` of each shard.
 
-    There are as many chunks as the fullest shard needs, because a loop on a mesh has to turn equally often on all devices. The
-    last chunk is filled up with rows that are not busy.
+    `busy` is bool [R], or int32 [R]: rows with larger numbers come first, those with 0 are not busy. There are as many chunks as
+    the fullest shard needs, because a loop on a mesh has to turn equally often on all devices. The last chunk is filled up with
+    rows that are not busy.
     """
     local = busy.shape[0] // shards
     size = min(size, local)
-    order = jnp.argsort(~busy.reshape(shards, local), axis=1)
+    order = jnp.argsort(-busy.astype(jnp.int32).reshape(shards, local), axis=1)
     order = jnp.pad(order, ((0, 0), (0, -local % size)), constant_values=local)
-    count = fullest(busy, shards)
+    count = fullest(busy > 0, shards)
 
     def turn(state):
         i, carry = state

@@ -80,7 +80,7 @@ def test_mistakes_are_said_before_anything_is_compiled(tmp_path):
     )
     for arguments, message in {
         ("--topology=v9:2x2",): "topology 'v9:2x2' is neither of the form KIND:AxB",
-        ("--topology=h100:16",): "h100:16 is not NODESxGPUS with 1 to 8 GPUs a node, as h100:2x8",
+        ("--topology=h100:16",): "h100:16 is not NODESxGPUS with 1 to 8 GPUs a node and at most",
         ("--topology=cpu:8", "--json=."): "--json=. is a directory",
         ("--topology=cpu:8", "--configured"): "the config has no mesh",
         ("--topology=cpu:8", "--json=no/plan.json"): "--json=no/plan.json: there is no directory no",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.experimental.topologies
 import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
@@ -30,10 +31,35 @@ def test_what_the_compiler_is_told_of_a_gpu():
     }
 
 
-@pytest.mark.parametrize("name", ["h100:9", "h100:0", "h100:2x0", "h100:1x2x8", "b200:2x9"])
+@pytest.mark.parametrize(
+    "name", ["h100:9", "h100:0", "h100:2x0", "h100:1x2x8", "b200:2x9", "h200:1025x8", "h200:9999999x8"]
+)
 def test_nodes_that_cannot_be(name):
-    with pytest.raises(ValueError, match="is not NODESxGPUS with 1 to 8 GPUs a node"):
+    with pytest.raises(
+        ValueError, match=f"^{name} is not NODESxGPUS with 1 to 8 GPUs a node and at most 1024 nodes, as"
+    ):
         machine(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["l40:8", "H100:8", "h100", "h100:", "h100:3x", "h100:x8", "h100:-8", "h100:8 x 2", "h100:8;1"]
+)
+def test_gpus_that_are_not_known(name):
+    with pytest.raises(
+        ValueError, match=f"^topology '{name}' is neither .* as h100:2x8; KIND is one of .*a100, h100, h200, b200"
+    ):
+        machine(name)
+
+
+def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
+    def missing(**given):
+        raise RuntimeError("no plugin for cuda\nand much more")
+
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", missing)
+    with pytest.raises(
+        ValueError, match=r"NVIDIA B200 here: `pip install 'pixel_jax\[plan-gpu\]'` .* \(no plugin for cuda\)$"
+    ):
+        machine("b200:2x8")
 
 
 def wider():

@@ -32,9 +32,18 @@ from pixel_jax.planning.programs import (
     rollout_shape,
     sft_batch,
 )
-from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, plan, resident_bytes, search, times
+from pixel_jax.planning.search import (
+    Compiled,
+    Plan,
+    candidates,
+    compile_to_text,
+    plan,
+    resident_bytes,
+    search,
+    times,
+)
 from pixel_jax.planning.weak_scaling import Point, with_rows
-from pixel_jax.rollouts.decode_loop import READ_CHUNK
+from pixel_jax.rollouts.decode_loop import READ_CHUNK, observation_width
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.rollout import rollout
@@ -149,6 +158,20 @@ def test_a_rollout_counts_its_turns():
     assert more("views") > calls * by_hand(0, slices=shape.shards, patches=budgets(config, shape)[1].patches)
     assert memory > bytes_per_device(program.arguments[:2])
     assert small.rows("rollout") == waves * rows and program.arguments[1].tokens.shape[0] == waves * config.in_flight
+
+
+@pytest.mark.slow
+def test_what_is_shown_is_embedded_for_few_rows_at_a_time():
+    """Embedded observations of all 8 rows in flight would need as much memory as a seventh of a 7B's caches."""
+    small, mesh = recipe(), make_mesh({"data": 1}, jax.devices()[:1])
+    limits = dataclasses.replace(small.config.rl.rollout, observe_chunk=3)
+    config = dataclasses.replace(small.config, rl=dataclasses.replace(small.config.rl, rollout=limits))
+    small = dataclasses.replace(small, config=config)
+    text = build(small, "rollout", mesh).lower().as_text()
+    width = observation_width(small.tables.observations, limits, rollout_shape(small, 1))
+    embedded = f"x{width}x{small.network.text.hidden_size}xf32>"
+    assert f"tensor<3{embedded}" in text and f"tensor<8{embedded}" not in text
+    assert limits.in_flight * limits.group_size == 8
 
 
 def test_a_rollout_reads_weights_of_the_type_that_training_computes_in():
