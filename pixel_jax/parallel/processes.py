@@ -160,7 +160,7 @@ def all_gather(x: Scalar) -> np.ndarray:
 
 def gather_bytes(parcel: bytes) -> list[bytes]:
     """Gathers the bytes of every process, on every process, in the order of `members`. All of them call it."""
-    sizes = all_gather(np.int32(len(parcel)))
+    sizes = all_gather(np.asarray(len(parcel), np.int32))
     # Padded to a power of two, to share compiled programs.
     padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
     padded[: len(parcel)] = np.frombuffer(parcel, np.uint8)

@@ -19,7 +19,7 @@ class Part(NamedTuple):
     name: str
     steps: int
     cost: int  # of a step, in steps of tuning
-    log: pathlib.Path | None  # the metrics of its steps; None: it is one step
+    log: pathlib.Path | None  # the metrics of its steps; None: it is shown as one step
     result: pathlib.Path  # the file that is there when the part is done
 
     @property
@@ -38,7 +38,8 @@ def steps_of(log: pathlib.Path) -> list[dict[str, Any]]:
 def parts_of(config: QuickstartConfig, lesson: Lesson, directory: pathlib.Path) -> list[Part]:
     """The parts of a seed, in their order."""
     tuned = [
-        Part(name, steps, 1, directory / folder / "metrics.jsonl", directory / f"{folder}.json")
+        # A phase of epochs is shown as one step: how many it has is known when its data is there.
+        Part(name, steps or 1, 1, directory / folder / "metrics.jsonl" if steps else None, directory / f"{folder}.json")
         for name, folder, steps in (
             ("ground and read", "ground", config.ground.steps),
             ("warm start", "warm", config.warm.steps),

@@ -21,7 +21,7 @@ from pixel_jax.evaluation.results import read_records
 from pixel_jax.evaluation.summary import percent, summarise
 from pixel_jax.files import read_json
 from pixel_jax.quickstart.config import QuickstartConfig
-from pixel_jax.quickstart.pipeline import run_seed
+from pixel_jax.quickstart.pipeline import run_seeds
 from pixel_jax.quickstart.task import lesson_of
 from pixel_jax.run_lock import hold
 from pixel_jax.search_set.writing import SetConfig, write_set
@@ -49,7 +49,7 @@ def run(out: pathlib.Path, training: QuickstartConfig, asking: Any, made_of: Set
     note = read_note(folder / "set.json", lambda note: isinstance(note, dict) and note.get("settings") == wanted)
     note = note or write_set(folder, made_of)
     seed = out / f"seed-{training.seed}"
-    result = run_seed(training, seed)
+    ((_, result),) = run_seeds(training, out, 1)
     rows: dict[str, dict[str, Any]] = {}
     for name in ("warm", *lesson_of(training).arms):
         place = out / "eval" / name

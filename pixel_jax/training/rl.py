@@ -197,7 +197,7 @@ class Learner:
         else:
             state, metrics = self._together(state, collected, i)
         self.source.done()
-        return state, metrics | self.timer.metrics | token_ages(collected.records, i) | collected.metrics
+        return state, {**metrics, **self.timer.metrics, **token_ages(collected.records, i), **collected.metrics}
 
     def train(self, state: TrainState, collected: Collected, i: int) -> tuple[TrainState, dict[str, float]]:
         """Scores the rows of iteration `i` and trains on them."""

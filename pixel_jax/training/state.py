@@ -195,17 +195,19 @@ class Resharder:
         places = shardings(tree, self.target)
         if not self.apart or jax.process_count() == 1:
             return jax.device_put(tree, places)
-        assert self.source is not None
+        source = self.source
+        assert source is not None
         # `jax.device_put` to other devices of other processes is not there on CPUs: "The backend does not support cross-host
         # device transfers". Where each process has a part of the source, nothing is sent but among its devices.
-        across = processes_of(self.source) != processes_of(self.target)
-        whole = NamedSharding(self.source, PartitionSpec())
+        senders = processes_of(source)
+        across = senders != processes_of(self.target)
+        whole = NamedSharding(source, PartitionSpec())
 
         def move(x: jax.Array, place: NamedSharding) -> jax.Array:
             everywhere = jax.device_put(x, whole)
             mine = [shard.data for shard in everywhere.addressable_shards[:1]]
             host = np.asarray(mine[0]) if mine else np.zeros(x.shape, x.dtype)
-            host = broadcast(host, processes_of(self.source)[0]) if across else host
+            host = broadcast(host, senders[0]) if across else host
             return jax.make_array_from_callback(x.shape, place, lambda index: host[index], dtype=x.dtype)
 
         return jax.tree.map(move, tree, places)

@@ -20,7 +20,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
-from pixel_jax.state_files import LineLog, filter_json_lines, read_note, write_json
+from pixel_jax.state_files import LineLog, filter_json_lines, read_json_lines, read_note, write_json
 from pixel_jax.training.looks import draw_rollouts
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.stages import Scored, Weighed, advantages
@@ -69,6 +69,11 @@ class Look(Protocol):
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """Returns the metrics of the state's model, and its conversations about a few examples, the same in every look."""
         ...
+
+
+def read_looks(directory: pathlib.Path) -> list[dict[str, Any]]:
+    """The metrics of the looks of a phase, in their order."""
+    return read_json_lines(directory / LOOKS, done=int)
 
 
 class Watch:
