@@ -294,4 +294,4 @@ def test_without_a_template():
 
 
 def test_every_published_template_is_one_of_these():
-    assert {template for template, _ in KINDS.values()} - {OWN} == set(TEMPLATES)
+    assert {template for template, _ in KINDS.values()} - {OWN, OBJECTS} == set(TEMPLATES)
