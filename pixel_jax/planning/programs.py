@@ -384,7 +384,6 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills
         "observe": config.max_calls / turns,
         "readers": chunks,
-        "views": 1,  # for each of these
         "pieces": -(-width // decode_loop.READ_CHUNK),
         "bytes": int(np.max(recipe.tables.bytes.length)),
         "tiles": tiles(side, shown),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,46 @@ def encode_still(model: Model, patches: jax.Array, size: jax.Array, implementati
     return features.reshape(*lead, *features.shape[-2:])
 
 
+def show(
+    model: Model,
+    buffers: jax.Array,
+    prompt: jax.Array,
+    view: Views,
+    drawings: Drawings | None,
+    config: RolloutConfig,
+    shape: RolloutShape,
+    pictures: ReturnedPictures | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Cuts out and encodes the views of all rows at once.
+
+    Args:
+      model: whose vision tower is used.
+      buffers: uint8 [B, C, H, W, 3].
+      prompt: int32 [R], index of a row's prompt in its data shard.
+      view: [R, V].
+      drawings: [R, ...], images that tools drew for the rows; None: there are none.
+      config: of the rollout.
+      shape: of the rollout.
+      pictures: that host tools returned.
+
+    Returns:
+      Patches uint8 [R, V, P, 3 p p] and features [R, V, P//4, D].
+    """
+    _, budget = budgets(config, shape)
+    split = lambda x: x.reshape(shape.shards, -1, *x.shape[1:])
+    join = lambda x: x.reshape(-1, *x.shape[2:])
+    views, drawn = jax.tree.map(split, (view, drawings))
+    pixels = cut_views(split(buffers), split(prompt), views, budget, drawn, shape.tools, pictures)
+    return join(pixels), join(encode_still(model, pixels, views.size, config.implementation))
+
+
+def features_if_any(showing: jax.Array, *shown: Any) -> jax.Array:
+    """Returns the features of `show(*shown)`, or zeros if no row is `showing` (bool [R]): then the vision tower does not run."""
+    features = lambda: show(*shown)[1]
+    empty = jax.eval_shape(features)
+    return jax.lax.cond(jnp.any(showing), features, lambda: jnp.zeros(empty.shape, empty.dtype))
+
+
 def show_waiting(
     model: Model,
     buffers: jax.Array,
@@ -159,12 +200,12 @@ def show_waiting(
     """Cuts out and encodes the views of the rows that wait, `config.observe_chunk` rows at a time in each data shard.
 
     Args:
-      model: whose vision tower is used.
+      model: as in `show`, like the other arguments but `waiting`.
       buffers: uint8 [B, C, H, W, 3].
-      prompt: int32 [R], index of a row's prompt in its data shard.
+      prompt: int32 [R].
       view: [R, V].
       waiting: bool [R].
-      drawings: [R, ...], images that tools drew for the rows; None: there are none.
+      drawings: [R, ...].
       config: of the rollout.
       shape: of the rollout.
       pictures: that host tools returned.
@@ -174,16 +215,11 @@ def show_waiting(
     """
     _, budget = budgets(config, shape)
     rows, views = view.image.shape
-    by_shard = buffers.reshape(shape.shards, -1, *buffers.shape[1:])
 
     def body(chunk: Chunk, shown_so_far):
-        shown, features = shown_so_far
-        take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
-        mine = jax.tree.map(take, view)
-        pixels = cut_views(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), shape.tools, pictures)
-        encoded = encode_still(model, pixels, mine.size, config.implementation)
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))
+        whose, views, drawn = jax.tree.map(chunk.take, (prompt, view, drawings))
+        shown = show(model, buffers, whose, views, drawn, config, shape, pictures)
+        return jax.tree.map(chunk.put, shown_so_far, shown)
 
     encoded = jax.eval_shape(
         lambda p, s: encode_still(model, p, s),

@@ -155,7 +155,7 @@ def test_a_rollout_counts_its_turns():
     assert more("tokens") == pytest.approx(turns * by_hand(rows, predictions=rows), rel=0.1)
     assert more("pieces") == pytest.approx(calls * by_hand(rows * READ_CHUNK), rel=0.1)
     shape = program.options["shape"]
-    assert more("views") > calls * by_hand(0, slices=shape.shards, patches=budgets(config, shape)[1].patches)
+    assert more("readers") > calls * by_hand(0, slices=shape.shards, patches=budgets(config, shape)[1].patches)
     assert memory > bytes_per_device(program.arguments[:2])
     assert small.rows("rollout") == waves * rows and program.arguments[1].tokens.shape[0] == waves * config.in_flight
 

@@ -35,7 +35,7 @@ def test_a_rollout(name):
     small, target = recipe(), machine(name)
     found = plan(small, "rollout", target, {"data": 4, "tensor": 2})
     assert found.plan.fits and found.plan.flops_per_chip > 0
-    assert {"turns", "fill", "prompts", "tokens", "cache", "observe", "views", "pieces"} <= set(found.assumed)
+    assert {"turns", "fill", "prompts", "tokens", "cache", "observe", "readers", "pieces"} <= set(found.assumed)
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
