@@ -104,7 +104,7 @@ def written(row, answer):
 
 
 def decode(ids):
-    return scripted_model.vocabulary().to_bytes(ids).decode()
+    return scripted_model.vocabulary().to_bytes(ids).decode("utf-8", "replace")
 
 
 def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event):
