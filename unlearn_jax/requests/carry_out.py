@@ -44,13 +44,18 @@ from unlearn_jax.requests.log import (
 )
 from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.page import draw_page
-from unlearn_jax.requests.request import EditRequestError, Request, parse_request
+from unlearn_jax.requests.request import EditRequestError, Kind, Request, parse_request
 from unlearn_jax.requests.state import Change, Items, apply_request, content_hash
 from unlearn_jax.requests.task import RequestTask, TrainingRecord
 
 Item = TypeVar("Item")
 FAR = 10.0  # times the gradient that training left: with a larger one the adapter was trained on other data
 FLOOR = 1e-5  # of the adapter's length: smaller gradients are rounding errors
+REPLACING: tuple[Kind, ...] = (
+    "question",
+    "answer",
+    "image",
+)  # kinds of requests of which a later one undoes an earlier one
 
 
 class State(NamedTuple):
@@ -129,8 +134,12 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
 
 
 def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> Iterator[Request]:
-    """Yields the requests that are not in the log; each must fit the examples as the requests before it leave them."""
+    """Yields the requests that are not in the log; each must fit the examples as the requests before it leave them.
+
+    It says where a request gives an example another form than an earlier one of the same kind: the later one holds.
+    """
     known, items = {request.stored() for request in state.requests}, state.items
+    given = {(request.kind, name) for request in state.requests for name in request.ids}
     for number, request in enumerate(requests, 1):
         if request.stored() in known:
             continue
@@ -141,6 +150,12 @@ def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> It
         if not items:
             raise EditRequestError(f"request {number} of {len(requests)} removes the last training example")
         known.add(request.stored())
+        for name in request.ids:
+            if request.kind in REPLACING and (request.kind, name) in given:
+                say(
+                    f"request {number} of {len(requests)}: {name!r} has the {request.kind} of an earlier request; this one holds"
+                )
+            given.add((request.kind, name))
         yield request
 
 

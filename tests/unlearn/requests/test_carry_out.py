@@ -267,6 +267,14 @@ def test_requests_that_cannot_be_carried_out(done, tmp_path):
     unchanged(task, "removes the last training example", [remove(*task.items())])
 
 
+def test_a_second_answer_to_an_example_is_said_to_hold(task, capsys):
+    first, second = answer("p4", "1"), answer("p4", "2")
+    carry_out(task, [first])
+    assert "earlier request" not in capsys.readouterr().out
+    carry_out(task, [first, second])
+    assert "request 2 of 2: 'p4' has the answer of an earlier request; this one holds" in capsys.readouterr().out
+
+
 def test_an_adapter_that_was_not_trained_on_these_examples(task):
     other = LinearTask(task.directory, seed=1)
     unchanged(other, "was not trained on these examples: their hash is")
