@@ -249,13 +249,13 @@ class Phases(contextlib.ExitStack):
         self.show()
 
     def show(self) -> None:
-        """Shows how far the seeds are: what is compiled or worked on, and the newest numbers of the arms on held-out scenes."""
+        """Shows how far the seeds are: what they wait for or work on, and the newest numbers of the arms on held-out scenes."""
         looks = {arm: read_looks(self.directory / arm / "rl") for arm in self.arms}
         metrics = {f"{arm} {name}": x[-1][f"eval_{name}"] for arm, x in looks.items() if x for name in JUDGED}
         said = [self.log(phase).read_text(errors="replace").splitlines()[-1:] for phase in self.running]
-        compiling = [line for lines in said for line in lines if line.startswith("compiling")]
+        waits = [line for lines in said for line in lines if line.endswith(" ...")]
         left = [part.name for part in self.course.seeds[self.seed] if not part.result.exists()]
-        self.course.show(self.seed, ([*compiling, *left] or [""])[0], metrics)
+        self.course.show(self.seed, ([*waits, *left] or [""])[0], metrics)
 
 
 def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:

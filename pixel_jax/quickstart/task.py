@@ -13,6 +13,7 @@ from pixel_jax.data import synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import Transcript, make_transcript
+from pixel_jax.parallel.processes import waiting
 from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Lesson, scene_query
@@ -94,10 +95,11 @@ class Task:
         wide = BatchShape(limits.max_tokens, images, images, limits.merge_unit * (budget // limits.factor**2))
         waves: list[Future] = []
         # One wave is rendered, without the interpreter's lock, while the next is drawn.
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, waiting("drawing the training data") as drawing:
             for indices in batched(range(count), WAVE):
                 traces = [make(i) for i in indices]
                 wait(waves[-1:])
+                drawing.at(f"{indices[0]} of {count} traces")
                 waves.append(pool.submit(to_trajectories, traces, self.vocabulary, self.tables, limits, wide))
         return pack(from_trajectories(concatenate([wave.result() for wave in waves])))
 
