@@ -56,8 +56,13 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
             progress(f"compiled {_called(name)} in {duration_secs:.1f} s", stream)
             _note_seconds(name, duration_secs)
 
+    def end() -> None:
+        jax.monitoring.unregister_event_duration_listener(listen)
+        for name in list(waiting):  # whose compilation has failed, or goes on
+            waiting.pop(name).end()
+
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: jax.monitoring.unregister_event_duration_listener(listen)
+    return end
 
 
 def _called(name: str) -> str:
@@ -113,7 +118,7 @@ class ProgressLine:
         if is_quiet():
             return
         now = time.monotonic()
-        if self.began is None:  # the first step compiles: the pace is measured from its end
+        if self.began is None or done == self.start:  # until the first step has ended, as it compiles, there is no pace
             self.began, self.start = now, done
         if done < self.total and self.shown is not None and now - self.shown < self.every:
             return
