@@ -188,7 +188,8 @@ PEOPLE = (
 
 def people(name: str) -> str:
     """Adapters that forgot people, by the share of forgotten rows: means over seeds with half their 95 % interval."""
-    found, parts = record(name), [origin(name, [record(name).get("commit")])]
+    found = record(name)
+    parts = [origin(name, [found.get("commit")])]
     setting = found["setting"]["corpus"]
     examples = setting["people"] * setting["questions"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from absl import flags
 
-from pixel_jax.cli import UserError
+from pixel_jax.cli import UserError, check_output
 from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.signals import SIGNALS
 from pixel_jax.terminal import Waiting, printable, say, warn
@@ -63,10 +63,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     for name, path in (("--html", FLAGS.html), ("--json", FLAGS.json)):
-        if path and not pathlib.Path(path).absolute().parent.is_dir():
-            raise UserError(f"{name}={path}: there is no directory {str(pathlib.Path(path).parent)!r}")
-        if path and pathlib.Path(path).is_dir():
-            raise UserError(f"{name}={path} is a folder: give the name of a file in it")
+        check_output(name, path)
     question = None if FLAGS.question is None else as_utf8(FLAGS.question, "--question")
     paths = list(map(local_path, arguments[1:]))
     check_files(paths, FLAGS.video)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Mapping
@@ -98,6 +99,16 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
 
 class UserError(Exception):
     """A mistake that the user can correct; it is shown without a traceback."""
+
+
+def check_output(flag: str, path: str | os.PathLike | None) -> None:
+    """Raises UserError if no file can be written to `path` (None or "": none is), before the work whose result would be lost."""
+    if not path:
+        return
+    if pathlib.Path(path).is_dir():
+        raise UserError(f"{flag}={path} is a directory: give the name of a file in it")
+    if not (parent := pathlib.Path(path).parent).is_dir():
+        raise UserError(f"{flag}={path}: there is no directory {parent}")
 
 
 def usage(program: str, commands: Commands) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags
 
-from pixel_jax.cli import UserError
+from pixel_jax.cli import UserError, check_output
 
 if TYPE_CHECKING:
     import socket
@@ -55,6 +55,7 @@ def main(command: str, arguments: list[str]) -> None:
     source = RunOpener(FLAGS.most, FLAGS.image_folders, language)
     paths = [pathlib.Path(argument) for argument in arguments]
     if FLAGS.out is not None:
+        check_output("--out", FLAGS.out)
         with Waiting("drawing the page"):
             words = draw(paths, FLAGS.out, source)
         say(words)

@@ -92,8 +92,21 @@ MISTAKES = {
     "a page that is a folder": (
         ["chat", "model", "--html=."],
         1,
-        "--html=. is a folder: give the name of a file in it",
+        "--html=. is a directory: give the name of a file in it",
     ),
+    "a comparison that is a folder": (
+        ["eval", "compare", "a", "b", "--json=."],
+        1,
+        "--json=. is a directory: give the",
+    ),
+    "a record in no folder": (
+        ["eval", "compare", "a", "b", "--json=no/x"],
+        1,
+        "--json=no/x: there is no directory no$",
+    ),
+    "a page of runs that is a folder": (["view", "a", "--out=."], 1, "--out=. is a directory: give the name of a file"),
+    "figures that are a folder": (["bench", "--out=."], 1, "--out=. is a directory: give the name of a file in it"),
+    "a check that is a folder": (["check", "--out=."], 1, "--out=. is a directory: give the name of a file in it"),
     "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' cannot be opened"),
     "sft without a config": (["sft"], 1, "pixel-jax sft: give --config=...$"),
     "sft with a missing config": (

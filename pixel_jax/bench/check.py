@@ -45,7 +45,7 @@ def define_flags(command: str) -> None:
 
 def main(command: str, arguments: list[str]) -> None:
     """Checks the model of the command line or, without one, the accelerator; what does not pass is an error at the end."""
-    from pixel_jax.cli import UserError
+    from pixel_jax.cli import UserError, check_output
 
     if len(arguments) > 1:
         raise UserError(f"unexpected argument {arguments[1]!r}: give one model, a directory or a GGUF file")
@@ -60,6 +60,7 @@ def main(command: str, arguments: list[str]) -> None:
     shares = {name: SHARES[name] for name in FLAGS.only or SHARES}
     out = pathlib.Path(FLAGS.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_output("--out", out)
     record = check({name: part_command(name, FLAGS.quick) for name in shares}, shares, FLAGS.seconds, out)
     failed = [name for name, part in record["parts"].items() if part["status"] != "passed"]
     if failed:
@@ -72,7 +73,7 @@ def check_directory(model: str) -> None:
     import dataclasses
 
     from pixel_jax.bench.check_model import check_model
-    from pixel_jax.cli import UserError
+    from pixel_jax.cli import UserError, check_output
     from pixel_jax.config import load
     from pixel_jax.train_config import TrainConfig
 
@@ -82,6 +83,7 @@ def check_directory(model: str) -> None:
     if FLAGS.adapter is not None:
         config = dataclasses.replace(config, adapter=FLAGS.adapter, lora=None)
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_output("--out", out)
     if wrong := check_model(config, data=data is not None, out=out):
         raise UserError(f"wrong: {', '.join(wrong)}. {out} has the record")
     say(f"All is well; the record is in {out}.")

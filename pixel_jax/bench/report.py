@@ -12,6 +12,7 @@ from rich.table import Table
 from pixel_jax.bench.machine import MachineSpeed, measure_machine
 from pixel_jax.bench.memory import peak_memory
 from pixel_jax.bench.timing import Timing, Workload, measure
+from pixel_jax.cli import check_output
 from pixel_jax.files import read_json
 from pixel_jax.provenance import commit
 from pixel_jax.state_files import write_json
@@ -29,12 +30,15 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
 
     Raises:
         ValueError: a name in `only` is of no case.
+        UserError: `out` cannot be written.
     """
     cases = {case.name: case for case in importlib.import_module(module).CASES}
     unknown = sorted(set(only) - set(cases))
     if unknown:
         raise ValueError(f"there is no case {', '.join(unknown)}; the cases are {', '.join(cases)}")
     out = pathlib.Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    check_output("--out", out)
     with Waiting("measuring the machine"):
         machine = measure_machine(quick)
     say(describe(machine))
@@ -53,7 +57,6 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
                 timings[alternative] = dataclasses.replace(timings[alternative], peak_bytes=peak)
         entry = case_record(work, timings, machine) | {"commit": commit()}
         record["cases"][name] = entry
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
         print_table(case_table(name, entry, quick))
     return record

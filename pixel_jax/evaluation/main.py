@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from pixel_jax.cli import UserError
+from pixel_jax.cli import UserError, check_output
 from pixel_jax.config import define_flag
 from pixel_jax.evaluation.config import EvalConfig, ModeName
 from pixel_jax.run_lock import hold
@@ -40,6 +40,7 @@ def define_flags(command: str) -> None:
 
 def main(command: str, arguments: list[str]) -> None:
     """Evaluates, compares or selects, as the arguments say."""
+    check_output("--json", FLAGS.json)
     match arguments:
         case ["compare", first, second]:
             result = compare_runs(first, second)

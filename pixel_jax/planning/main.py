@@ -67,7 +67,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     import jax
     from rich.console import Console
 
-    from pixel_jax.cli import UserError
+    from pixel_jax.cli import UserError, check_output
     from pixel_jax.config import load
     from pixel_jax.planning import fit, report
     from pixel_jax.planning.machines import machine, slices
@@ -83,10 +83,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
         raise UserError("name a machine, as in --topology=v6e:16x16 or --topology=h100:8, or --scaling=v5p")
     if min(FLAGS.fitting, FLAGS.most) < 1:
         raise UserError(f"--fitting={FLAGS.fitting} and --most={FLAGS.most} must be positive")
-    if FLAGS.json and not pathlib.Path(FLAGS.json).parent.is_dir():
-        raise UserError(f"--json={FLAGS.json}: there is no directory {pathlib.Path(FLAGS.json).parent}")
-    if FLAGS.json and pathlib.Path(FLAGS.json).is_dir():
-        raise UserError(f"--json={FLAGS.json} is a directory")
+    check_output("--json", FLAGS.json)
     jax.config.update("jax_platforms", "cpu")  # this machine is not the one to plan for
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width
     config = load(TrainConfig, FLAGS.config)

@@ -95,23 +95,18 @@ def iterations(training: Mapping[str, Plan], rollout: Plan, together: Plan, work
     forward = training["score"].predicted_seconds if "score" in training else training["update"].predicted_seconds / 4
     again = work.reread * forward
 
-    ended = (
-        work.mean_share * (work.rounds - 1) + 1
-    ) / work.rounds  # the share of the time in which all rows are written
+    # The share of the planned time in which all rows are written.
+    ended = (work.mean_share * (work.rounds - 1) + 1) / work.rounds
 
     def full(plan: Plan, slower: float) -> float:
         return plan.predicted_seconds * work.mean_share + again * slower
 
+    apart = full(rollout, chips / others) + work.moving
     return [
         Iteration("together", Pool(chips, train), Pool(chips, ended * together.predicted_seconds), True),
         Iteration("together, rows carry over", Pool(chips, train), Pool(chips, full(together, 1.0)), True),
         Iteration("apart", Pool(chips, train), Pool(others, ended * rollout.predicted_seconds + work.moving), False),
-        Iteration(
-            "apart, rows carry over",
-            Pool(chips, train),
-            Pool(others, full(rollout, chips / others) + work.moving),
-            False,
-        ),
+        Iteration("apart, rows carry over", Pool(chips, train), Pool(others, apart), False),
     ]
 
 
@@ -200,16 +195,8 @@ def table(found: Sequence[Iteration], moved: int) -> Table:
         )
         for x in found
     ]
-    head = (
-        "pools",
-        "chips",
-        "training s",
-        "rollouts s",
-        "iteration s",
-        "chip seconds",
-        "training busy",
-        "rollouts busy",
-    )
+    seconds = ("training s", "rollouts s", "iteration s", "chip seconds")
+    head = ("pools", "chips", *seconds, "training busy", "rollouts busy")
     caption = (
         f"Apart, {moved / 1e9:.4g} GB of weights move to the rollouts before an iteration. Rows that carry over read at most "
         "all that they have again."

@@ -40,7 +40,7 @@ from pixel_jax.rollouts.trajectory import (
     made_by,
     shown_by,
 )
-from pixel_jax.rollouts.views import features_if_any, visible_buffers
+from pixel_jax.rollouts.views import features_if_any, show, visible_buffers
 from pixel_jax.tools.device import ImageHistory, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING, the device can go on with the row
@@ -390,7 +390,8 @@ def answer(
         images = None
         if model.config.vision is not None:
             drawn = drawings(calls, shape.tools, config)
-            features = features_if_any(showing, model, buffers, prompt, view, drawn, config, shape, shared.pictures)
+            shown = functools.partial(show, model, buffers, prompt, view, drawn, config, shape, shared.pictures)
+            features = features_if_any(showing, lambda: shown()[1])
             images = features, grids
         few = append(model, layers, shared._replace(prefix=prefix), few, ids, lengths, images)
         return jax.tree.map(chunk.put, read_so_far, few)
@@ -547,7 +548,8 @@ def reread(
             if model.config.vision is not None:
                 view = shown_by(jax.tree.map(lambda x: x[:, number], calls), number)
                 showing = lacking & jnp.any(view.image != NO_IMAGE, axis=1)
-                features = features_if_any(showing, model, buffers, prompt, view, drawn, config, shape, shared.pictures)
+                shown = functools.partial(show, model, buffers, prompt, view, drawn, config, shape, shared.pictures)
+                features = features_if_any(showing, lambda: shown()[1])
                 images = features, view_grids(view, config)
             ids = jnp.take_along_axis(tokens, at, axis=1)
             counts = jnp.sum(here, axis=1, dtype=jnp.int32)

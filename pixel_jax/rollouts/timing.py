@@ -18,9 +18,10 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import ReturnedPictures, drawings, returned_pictures
 from pixel_jax.rollouts.materialize import views_of_calls
 from pixel_jax.rollouts.rollout import layout, put_prompts
+from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, HostPrompts, Prompts, Trajectories, no_calls
-from pixel_jax.rollouts.views import show_waiting, visible_buffers
+from pixel_jax.rollouts.views import show, visible_buffers
 
 
 def seconds_of_operations(
@@ -51,7 +52,7 @@ def seconds_of_operations(
 def operations_again(
     model: Model, prompts: HostPrompts, calls: Calls, config: RolloutConfig
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Yields patches and features (`show_waiting`) of no call, to compile; then of each row's first, second, ... call."""
+    """Yields patches and features (`views.show`) of no call, to compile; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)
     rows, numbers = calls.status.shape
     none = no_calls(rows, numbers, shape.views, shape.tools)
@@ -79,18 +80,18 @@ def _show(
     config: RolloutConfig,
     shape: RolloutShape,
 ):
-    """Cuts out and encodes what the call of index `number` of every row showed."""
+    """Cuts out and encodes what the call of index `number` of every row showed, as many rows at a time as a rollout does."""
     group = calls.status.shape[0] // len(prompts.image_sizes)
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
     seen = jax.tree.map(take, views_of_calls(calls, config))
-    return show_waiting(
-        model,
-        visible_buffers(prompts.buffers, config, pictures),
-        jnp.arange(len(seen.image)) // group % (len(prompts.image_sizes) // shape.shards),
-        seen,
-        jnp.any(seen.image != NO_IMAGE, axis=1),
-        drawings(calls, shape.tools, config),
-        config,
-        shape,
-        pictures,
-    )
+    prompt = jnp.arange(len(seen.image)) // group % (len(prompts.image_sizes) // shape.shards)
+    rows = (prompt, seen, drawings(calls, shape.tools, config))
+    buffers = visible_buffers(prompts.buffers, config, pictures)
+    shown = lambda rows: show(model, buffers, rows[0], rows[1], rows[2], config, shape, pictures)
+
+    def body(chunk: Chunk, shown_so_far):
+        return jax.tree.map(chunk.put, shown_so_far, shown(jax.tree.map(chunk.take, rows)))
+
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(shown, rows))
+    showing = jnp.any(seen.image != NO_IMAGE, axis=1)
+    return for_chunks(showing, shape.shards, config.observe_chunk, body, empty)

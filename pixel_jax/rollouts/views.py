@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from pixel_jax.models.model import Model
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, square_window
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Drawings, ReturnedPictures, buffer_index, calls_needed, draw, largest_side
-from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import RolloutShape, ViewBudget, budgets
 from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.tools.tool import Tool
@@ -179,54 +177,7 @@ def show(
     return join(pixels), join(encode_still(model, pixels, views.size, config.implementation))
 
 
-def features_if_any(showing: jax.Array, *shown: Any) -> jax.Array:
-    """Returns the features of `show(*shown)`, or zeros if no row is `showing` (bool [R]): then the vision tower does not run."""
-    features = lambda: show(*shown)[1]
+def features_if_any(showing: jax.Array, features: Callable[[], jax.Array]) -> jax.Array:
+    """Returns `features()`, or zeros if no row is `showing` (bool [R]): then the vision tower does not run."""
     empty = jax.eval_shape(features)
     return jax.lax.cond(jnp.any(showing), features, lambda: jnp.zeros(empty.shape, empty.dtype))
-
-
-def show_waiting(
-    model: Model,
-    buffers: jax.Array,
-    prompt: jax.Array,
-    view: Views,
-    waiting: jax.Array,
-    drawings: Drawings | None,
-    config: RolloutConfig,
-    shape: RolloutShape,
-    pictures: ReturnedPictures | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Cuts out and encodes the views of the rows that wait, `config.observe_chunk` rows at a time in each data shard.
-
-    Args:
-      model: as in `show`, like the other arguments but `waiting`.
-      buffers: uint8 [B, C, H, W, 3].
-      prompt: int32 [R].
-      view: [R, V].
-      waiting: bool [R].
-      drawings: [R, ...].
-      config: of the rollout.
-      shape: of the rollout.
-      pictures: that host tools returned.
-
-    Returns:
-      Patches uint8 [R, V, P, 3 p p] and features [R, V, P//4, D]; zeros for rows that do not wait.
-    """
-    _, budget = budgets(config, shape)
-    rows, views = view.image.shape
-
-    def body(chunk: Chunk, shown_so_far):
-        whose, views, drawn = jax.tree.map(chunk.take, (prompt, view, drawings))
-        shown = show(model, buffers, whose, views, drawn, config, shape, pictures)
-        return jax.tree.map(chunk.put, shown_so_far, shown)
-
-    encoded = jax.eval_shape(
-        lambda p, s: encode_still(model, p, s),
-        jax.ShapeDtypeStruct((1, budget.patches, config.patch_bytes), jnp.uint8),
-        jax.ShapeDtypeStruct((1, 2), jnp.int32),
-    )
-    shown = jnp.zeros((rows, views, budget.patches, config.patch_bytes), jnp.uint8)
-    features = jnp.zeros((rows, views, *encoded.shape[1:]), encoded.dtype)
-    with jax.named_scope("views"):
-        return for_chunks(waiting, shape.shards, config.observe_chunk, body, (shown, features))

@@ -25,7 +25,7 @@ from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.queue import prompt_visual, read_prompt, read_together
 from pixel_jax.rollouts.rollout import traced_settings
 from pixel_jax.rollouts.trajectory import Views
-from pixel_jax.rollouts.views import show_waiting
+from pixel_jax.rollouts.views import show
 from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rl import RLConfig
 
@@ -90,9 +90,9 @@ def looking(recipe: Recipe, implementation):
     rows = min(config.observe_chunk, recipe.config.rl.prompts * config.group_size)
     buffers = fewer(prompts, min(rows, recipe.config.rl.prompts)).buffers
     views = lambda *more: array(jnp.int32, rows, shape.views, *more)
-    show = functools.partial(show_waiting, drawings=None, config=config, shape=shape)
-    asked = (array(jnp.int32, rows), Views(views(), views(4), views(2)), array(jnp.bool_, rows))
-    return jax.jit(show), (abstract_model(recipe), buffers, *asked)
+    shown = functools.partial(show, drawings=None, config=config, shape=shape)
+    asked = (array(jnp.int32, rows), Views(views(), views(4), views(2)))
+    return jax.jit(shown), (abstract_model(recipe), buffers, *asked)
 
 
 def reading(recipe: Recipe, implementation):
