@@ -206,6 +206,12 @@ class Waiting:
         self.end()
 
 
+def bar(share: float, width: int = 20) -> str:
+    """Draws a bar of `width` characters, of which the share that is done is filled."""
+    filled = int(share * width)
+    return "#" * filled + "-" * (width - filled)
+
+
 _waits: list[Waiting] = []  # that go on, the innermost last
 _starting: Waiting | None = None
 

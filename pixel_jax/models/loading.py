@@ -14,6 +14,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from pixel_jax.models.tensors import Tensor, is_finite
 from pixel_jax.parallel.processes import waiting
+from pixel_jax.terminal import bar
 
 READERS = min(8, os.cpu_count() or 1)  # threads that read one shard
 BLOCK = 2**20  # elements that are read, checked and converted together
@@ -57,6 +58,7 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
     shards = [shard for number, weight in enumerate(weights) for shard in _local_shards(number, weight)]
     pieces: list[list[jax.Array]] = [[] for _ in weights]
     sizes = [int(np.prod(shard.shape)) * dtype.itemsize for shard in shards]
+    total = sum(sizes)
     with (
         ThreadPoolExecutor(1) as ahead,
         ThreadPoolExecutor(READERS) as readers,
@@ -73,7 +75,7 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
             jax.block_until_ready(pieces[shard.weight][-len(shard.devices) :])
             del values  # before the shard after the next is read
             done += size
-            wait.at(f"{done / 1e9:.1f} of {sum(sizes) / 1e9:.1f} GB")
+            wait.at(f"{bar(done / max(total, 1))} {done / 1e9:.1f} of {total / 1e9:.1f} GB")
     return [
         jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, arrays, dtype=dtype)
         for weight, arrays in zip(weights, pieces, strict=True)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
+from pixel_jax import terminal
 from pixel_jax.files import FileError
 from pixel_jax.models import LanguageModel, Qwen2_5_VLConfig, TextConfig, VisionConfig, loading
 from pixel_jax.models.checkpoint import named_weights
@@ -86,6 +87,18 @@ def test_every_shard_is_read_once_and_holds_its_part(tmp_path, rng, monkeypatch)
     np.testing.assert_array_equal(few, np.arange(3).astype(ml_dtypes.bfloat16))
     assert [len(shard.devices) for shard in read] == [1, 1, 1, 1, 2, 2, 4]
     assert [x.sharding for x in (stack, one, few)] == [x.sharding for x in wanted]
+
+
+def test_a_bar_shows_how_much_is_read(tmp_path, monkeypatch):
+    tensors = {f"w.{i}": np.zeros(1, np.float32) for i in range(4)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    opened = open_safetensors(tmp_path / "x.safetensors")
+    texts = []
+    monkeypatch.setattr(terminal.Waiting, "at", lambda self, far: texts.append((self.what, far)))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    load_arrays([Wanted((1,), place, [opened[name]]) for name in tensors], np.dtype(np.float32), "reading x")
+    assert [what for what, _ in texts] == ["reading x"] * 4
+    assert [far.split()[0] for _, far in texts] == [f"{'#' * n}{'-' * (20 - n)}" for n in (5, 10, 15, 20)]
 
 
 LARGE = Qwen2_5_VLConfig(

@@ -51,11 +51,8 @@ from unlearn_jax.requests.task import RequestTask, TrainingRecord
 Item = TypeVar("Item")
 FAR = 10.0  # times the gradient that training left: with a larger one the adapter was trained on other data
 FLOOR = 1e-5  # of the adapter's length: smaller gradients are rounding errors
-REPLACING: tuple[Kind, ...] = (
-    "question",
-    "answer",
-    "image",
-)  # kinds of requests of which a later one undoes an earlier one
+# Kinds of requests of which a later one undoes an earlier one about the same example.
+REPLACING: tuple[Kind, ...] = ("question", "answer", "image")
 
 
 class State(NamedTuple):
@@ -136,7 +133,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
 def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> Iterator[Request]:
     """Yields the requests that are not in the log; each must fit the examples as the requests before it leave them.
 
-    It says where a request gives an example another form than an earlier one of the same kind: the later one holds.
+    It says where a request replaces what an earlier one gave an example.
     """
     known, items = {request.stored() for request in state.requests}, state.items
     given = {(request.kind, name) for request in state.requests for name in request.ids}
@@ -153,7 +150,7 @@ def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> It
         for name in request.ids:
             if request.kind in REPLACING and (request.kind, name) in given:
                 say(
-                    f"request {number} of {len(requests)}: {name!r} has the {request.kind} of an earlier request; this one holds"
+                    f"request {number} of {len(requests)} replaces the {request.kind} that an earlier one gave {name!r}"
                 )
             given.add((request.kind, name))
         yield request

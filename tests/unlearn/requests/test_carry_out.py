@@ -267,12 +267,12 @@ def test_requests_that_cannot_be_carried_out(done, tmp_path):
     unchanged(task, "removes the last training example", [remove(*task.items())])
 
 
-def test_a_second_answer_to_an_example_is_said_to_hold(task, capsys):
+def test_an_answer_that_replaces_an_earlier_one_is_said(task, capsys):
     first, second = answer("p4", "1"), answer("p4", "2")
     carry_out(task, [first])
-    assert "earlier request" not in capsys.readouterr().out
+    assert "an earlier one gave" not in capsys.readouterr().out
     carry_out(task, [first, second])
-    assert "request 2 of 2: 'p4' has the answer of an earlier request; this one holds" in capsys.readouterr().out
+    assert "request 2 of 2 replaces the answer that an earlier one gave 'p4'" in capsys.readouterr().out
 
 
 def test_an_adapter_that_was_not_trained_on_these_examples(task):
